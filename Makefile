@@ -1,0 +1,76 @@
+# make report, make test and make lab each do all the set-up first: a virtual environment in .venv,
+# the exact packages of requirements.lock, and the bundled model in the user's cache folder.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/ready
+PROMPTS ?= notebooks/prompts.yml
+OUT ?= outputs/reports
+# Workers for the tests. Two torch processes with two threads each crawl, so each gets one thread.
+WORKERS ?= 2
+
+.PHONY: report test lint lab figures model execute lock clean help
+
+help:
+	@echo "make report   run the comparison over notebooks/prompts.yml; prints where the index is"
+	@echo "make test     every test, and nbval over every notebook"
+	@echo "make lab      JupyterLab on the notebooks"
+	@echo "make figures  every notebook's figures as PNG and SVG in outputs/figures"
+	@echo "make lint     ruff and codespell"
+	@echo "make execute  run every notebook in place, as they are committed"
+	@echo "make lock     new requirements.lock and environment.yml from pyproject.toml"
+
+# torch goes first and pinned: nothing else may then draw in another build of it.
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $(READY)
+
+model: $(READY)
+	@$(BIN)/python -m helpers.models
+
+report: model
+	$(BIN)/python -m helpers.reports $(PROMPTS) --out $(OUT)
+
+test: model
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+		--nbval --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 300
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+lab: model
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+figures: model
+	@for notebook in notebooks/*.ipynb; do \
+		name=$$(basename $$notebook .ipynb); mkdir -p outputs/figures/$$name; \
+		echo "$$name"; \
+		$(BIN)/papermill --no-progress-bar --log-level WARNING --cwd notebooks $$notebook /dev/null \
+			-r output_dir $(CURDIR)/outputs/figures/$$name > /dev/null || exit 1; \
+	done; echo "Figures are in outputs/figures"
+
+# One thread, as in the tests: sums in another order differ in their last digits.
+execute: model
+	OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN \
+		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+
+# A lock is what pip resolves in an empty environment; environment.yml repeats it pin by pin.
+lock:
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)"
+	.venv-lock/bin/python -m pip install --quiet ".[test]"
+	( echo "# Written by make lock: the exact set the tests pass with."; \
+	  .venv-lock/bin/python -m pip freeze --exclude llama-notebooks | sed 's/+cpu$$//' ) > requirements.lock
+	( echo "# Written by make lock: the same set as requirements.lock, for conda users."; \
+	  echo "name: llama-notebooks"; echo "channels:"; echo "  - conda-forge"; echo "dependencies:"; \
+	  echo "  - python=3.11"; echo "  - pip"; echo "  - pip:"; \
+	  sed -n 's/^\([^#].*\)/      - \1/p' requirements.lock ) > environment.yml
+	rm -rf .venv-lock
+
+clean:
+	rm -rf .venv outputs/reports outputs/figures
