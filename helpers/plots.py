@@ -1,0 +1,199 @@
+"""Figures: each function draws on the ``ax`` it is given and returns it.
+
+Signed scores use one diverging, colour-blind-safe map centred at 0, weights one sequential map.
+Sign never rests on colour alone: bars point left or right, and cells carry a number or hatching.
+Tokens are drawn as text, never as markup.
+"""
+
+import io
+import unicodedata
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import Image, display
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
+from matplotlib.patches import Rectangle
+
+DIVERGING = "RdBu_r"  # red pushes the answer up, blue pushes it down
+SEQUENTIAL = "cividis"
+
+# Drawn with the first of these that is installed and has the character.
+_FONTS = [
+    "DejaVu Sans Mono",
+    "DejaVu Sans",
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans Arabic",
+    "Noto Sans Devanagari",
+    "Noto Emoji",
+    "Arial Unicode MS",
+    "WenQuanYi Zen Hei",
+]
+_VISIBLE = {" ": "\N{OPEN BOX}", "\n": "↵", "\t": "⇥", "\r": "␍"}
+
+
+def token_text(ax, labels, scores, *, signed=True, line_width=72):
+    """The prompt as running text, each token on a background that shows its score.
+
+    ``labels`` holds seq strings and ``scores`` seq numbers. Up to 60 tokens also show the number;
+    beyond that, strong negative scores are hatched.
+    """
+    scores = np.asarray(scores, dtype=float)
+    colour, top = _colours(scores, signed)
+    numbers = len(labels) <= 60
+    line_height = 2.0 if numbers else 1.3
+    x, y = 0.0, 0.0
+    for label, score in zip(labels, scores, strict=True):
+        text = readable(label)
+        below = f"{score:+.2f}" if signed else f"{score:.2g}"
+        width = max(len(text), len(below) * 0.8 if numbers else 0) + 0.8
+        if x and x + width > line_width:
+            x, y = 0.0, y - line_height
+        face = colour(score)
+        hatch = "///" if signed and not numbers and score < -top / 4 else None
+        ax.add_patch(Rectangle((x, y - 0.5), width, 1, fc=face, ec="white", hatch=hatch))
+        ink = _ink(face)
+        centre = x + width / 2
+        ax.text(centre, y, text, color=ink, size=9, **_text_style())
+        if numbers:
+            ax.text(centre, y - 0.85, below, color="0.3", size=6.5, **_text_style())
+        x += width
+    ax.set(xlim=(0, line_width), ylim=(y - 1.4, 0.7))
+    ax.axis("off")
+    lines = 1 - y / line_height
+    ax.figure.set_size_inches(9, 0.6 + lines * (0.5 if numbers else 0.3))
+    return ax
+
+
+def token_bars(ax, labels, scores, *, signed=True, most=24, value="{:+.2f}"):
+    """One horizontal bar a token, in the order of the prompt, with its number.
+
+    A prompt of more than ``most`` tokens shows the ``most`` with the largest scores, each with its
+    position.
+    """
+    scores = np.asarray(scores, dtype=float)
+    shown = largest(scores, most)
+    names = [readable(labels[i]) for i in shown]
+    if len(shown) < len(scores):
+        names = [f"{name}  ({i})" for name, i in zip(names, shown, strict=True)]
+    colour, _ = _colours(scores, signed)
+    bars = ax.barh(
+        range(len(shown)), scores[shown], color=[colour(s) for s in scores[shown]], edgecolor="0.3"
+    )
+    ax.bar_label(bars, [value.format(s) for s in scores[shown]], padding=3, fontsize=8)
+    ax.set_yticks(range(len(shown)), names, **_tick_style())
+    ax.invert_yaxis()
+    ax.axvline(0, color="0.3", linewidth=0.8)
+    ax.margins(x=0.18)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def token_matrix(ax, labels, rows, names, *, signed=True, most=24, value="{:+.2f}", limit=None):
+    """Rows of scores over the same tokens as a grid [len(names), seq] of coloured numbers.
+
+    ``rows`` is an array [len(names), seq]. With more than ``most`` tokens, the columns are those
+    with the largest share of any row. ``limit`` is the value at full colour, by default the
+    largest magnitude in ``rows``.
+    """
+    rows = np.asarray(rows, dtype=float)
+    share = np.abs(rows) / np.maximum(np.abs(rows).max(axis=1, keepdims=True), 1e-12)
+    shown = largest(share.max(axis=0), most)
+    columns = [readable(labels[i]) for i in shown]
+    if len(shown) < rows.shape[1]:
+        columns = [f"{name} ({i})" for name, i in zip(columns, shown, strict=True)]
+    colour, _ = _colours(rows, signed, limit)
+    picture = [[colour(value) for value in row] for row in rows[:, shown]]
+    ax.imshow(picture, aspect="auto")
+    crowded = {"size": 7, "rotation": 90} if len(shown) > 10 else {"size": 8}
+    for i, row in enumerate(rows[:, shown]):
+        for j, score in enumerate(row):
+            ink = _ink(picture[i][j])
+            ax.text(j, i, value.format(score), ha="center", va="center", color=ink, **crowded)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_xticks(range(len(shown)), columns, rotation=45, ha="right", **_tick_style())
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def readable(label):
+    """A token as it can be drawn: its white space made visible, and no character a font lacks.
+
+    A leading space becomes ``␣`` and a line break ``↵``. A control character, or one that no
+    installed font can draw, is written as its code point, ``U+4F60``.
+    """
+    return "".join(_VISIBLE.get(c) or (c if _drawable(c) else f"U+{ord(c):04X}") for c in label)
+
+
+def largest(scores, most):
+    """The positions of the ``most`` largest magnitudes, in order of position."""
+    scores = np.abs(np.asarray(scores, dtype=float))
+    return np.sort(np.argsort(-scores, kind="stable")[:most])
+
+
+def show_figure(fig, name, alt, folder=None):
+    """Show ``fig`` in the notebook with ``alt`` as its alternative text, and save it if wanted.
+
+    With a ``folder`` it is also written there as ``name.png`` and ``name.svg``.
+    """
+    if folder:
+        save_figure(fig, name, folder)
+    picture = io.BytesIO()
+    fig.savefig(picture, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    plt.close(fig)
+    display(Image(picture.getvalue(), format="png", alt=alt))
+
+
+def save_figure(fig, name, folder):
+    """Write ``fig`` as ``name.png`` and ``name.svg`` in ``folder``; returns the two paths.
+
+    The same figure gives the same bytes: no date is stored in it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    png, svg = folder / f"{name}.png", folder / f"{name}.svg"
+    fig.savefig(png, dpi=150, bbox_inches="tight", metadata={"Software": None})
+    with plt.rc_context({"svg.hashsalt": name}):
+        fig.savefig(svg, bbox_inches="tight", metadata={"Date": None})
+    return png, svg
+
+
+def _colours(scores, signed, limit=None):
+    """A function from score to colour, and the score at full colour."""
+    finite = np.abs(scores[np.isfinite(scores)])
+    top = limit or max(finite.max(initial=0.0), 1e-12)
+    map_ = plt.get_cmap(DIVERGING if signed else SEQUENTIAL)
+    return (lambda score: map_((score / top + 1) / 2 if signed else score / top)), top
+
+
+def _ink(face):
+    """Black on light colours, white on dark ones."""
+    red, green, blue = face[:3]
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+
+
+def _drawable(character):
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn"):
+        return False
+    return any(ord(character) in characters for _, characters in _installed_fonts())
+
+
+@lru_cache(maxsize=1)
+def _installed_fonts():
+    """``(family, characters)`` of every font in ``_FONTS`` that this machine has."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    names = [name for name in _FONTS if name in installed]
+    return [(name, set(FT2Font(font_manager.findfont(name)).get_charmap())) for name in names]
+
+
+def _tick_style():
+    families = [family for family, _ in _installed_fonts()]
+    return {"fontfamily": families, "parse_math": False}  # a $ in a prompt is a dollar
+
+
+def _text_style():
+    return {"ha": "center", "va": "center", **_tick_style()}
