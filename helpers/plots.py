@@ -113,7 +113,7 @@ def token_matrix(ax, labels, rows, names, *, signed=True, most=24, value="{:+.2f
         for j, score in enumerate(row):
             ink = _ink(picture[i][j])
             ax.text(j, i, value.format(score), ha="center", va="center", color=ink, **crowded)
-    ax.set_yticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), [str(name) for name in names], **_tick_style())
     ax.set_xticks(range(len(shown)), columns, rotation=45, ha="right", **_tick_style())
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)

@@ -237,9 +237,10 @@ def run_report(job, out, model=BUNDLED):
         work = Path(work)
         error = None
         try:
+            report = _without_lessons(job.notebook, work / "report.ipynb")
             papermill.execute_notebook(
-                _literal(job.notebook),
-                _literal(work / "report.ipynb"),
+                _literal(report),
+                _literal(report),
                 parameters=job.parameters,
                 kernel_name="python3",
                 cwd=str(work),
@@ -262,6 +263,15 @@ def run_report(job, out, model=BUNDLED):
         _finish(work, facts)
         _move_into_place(work, out / job.slug)
     return facts
+
+
+def _without_lessons(notebook, copy):
+    """Write ``notebook`` to ``copy`` without its exercises, which a report need not run or show."""
+    nodes = nbformat.read(notebook, as_version=4)
+    lessons = {"not-in-report", "solution"}
+    nodes.cells = [c for c in nodes.cells if not lessons & set(c.metadata.get("tags", []))]
+    nbformat.write(nodes, copy)
+    return copy
 
 
 def _finish(work, facts):
@@ -309,8 +319,8 @@ def _page(notebook, facts):
         extra_template_basedirs=[str(TEMPLATES)],
         exclude_anchor_links=True,
     )  # what an output may hold as HTML is harmless here: the template's policy lets no script run
-    skip = TagRemovePreprocessor(remove_cell_tags={"not-in-report", "solution", "parameters"})
-    exporter.register_preprocessor(skip, enabled=True)
+    defaults = TagRemovePreprocessor(remove_cell_tags={"parameters"})  # injected ones are shown
+    exporter.register_preprocessor(defaults, enabled=True)
     style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     page, _ = exporter.from_notebook_node(notebook, {"report": {**facts, "style": style}})
     return page
@@ -339,6 +349,7 @@ def write_index(out):
     if scores:
         _write_whole(out / "scores.parquet", pd.concat(scores, ignore_index=True).to_parquet())
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
+    templates.filters["repr"] = repr  # a token in quotes, so that a space or line break is seen
     page = templates.get_template("index.html.j2").render(
         reports=sorted(reports, key=lambda report: (report["error"] is None, report["slug"])),
         failed=sum(report["error"] is not None for report in reports),

@@ -74,8 +74,9 @@ def test_names_its_kernel_and_language(path):
 @every_notebook
 def test_opens_and_closes_in_the_house_style(path):
     cells = read(path).cells
-    opening = cells[0].source
-    assert cells[0].cell_type == "markdown" and opening.startswith("# ")
+    code = next(place for place, cell in enumerate(cells) if cell.cell_type == "code")
+    opening = "\n".join(cell.source for cell in cells[:code])
+    assert opening.startswith("# ")
     for part in ("**What you will do.**", "**What you will learn.**", "**What you need.**"):
         assert part in opening
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
@@ -131,7 +132,7 @@ def without_docstring(function):
     return ast.dump(function)
 
 
-@pytest.mark.parametrize("function, notebook", born_in_notebooks())
+@pytest.mark.parametrize("function, notebook", list(born_in_notebooks()))
 def test_helper_is_the_function_its_notebook_wrote(function, notebook):
     helper = ast.parse(inspect.getsource(function)).body[0]
     source = "\n".join(c.source for c in code_cells(ROOT / "notebooks" / f"{notebook}.ipynb"))

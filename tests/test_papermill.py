@@ -1,0 +1,80 @@
+"""Every notebook runs under papermill with prompts and models it was not written for.
+
+What its cells assert must hold for any of them. All five prompts with the bundled model take half
+an hour, so each notebook gets one of them here and the others with ``EVERY_PROMPT=1``.
+"""
+
+import os
+
+import papermill
+import pytest
+
+from helpers import tiny_llama
+from helpers.reports import NOTEBOOKS
+
+NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+PROMPTS = {
+    "question": "Who wrote the play Romeo and Juliet?",
+    "code": 'def mean(xs):\n    """Return the $average$ of \'xs\'."""\n    return sum(xs) / len(',
+    "scripts": "拉脱维亚的首都是 مرحبا 🙂 <script>alert(1)</script>",
+    "one token": "Hello",
+    "300 tokens": "The harbour froze over in January, and the ferries that tied the islands to the "
+    "mainland stayed in port for six weeks. " * 12,
+}
+SHAPES = {
+    "one key-value head, tied": {"key_value_heads": 1, "tie_word_embeddings": True},
+    "no sharing, Llama 3 positions": {
+        "key_value_heads": 4,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+}
+
+
+def run(name, folder, **parameters):
+    return papermill.execute_notebook(
+        str(NOTEBOOKS / f"{name}.ipynb"),
+        str(folder / "out.ipynb"),
+        parameters={**parameters, "output_dir": "."},
+        kernel_name="python3",
+        cwd=str(folder),
+        progress_bar=False,
+        execution_timeout=600,
+    )
+
+
+def stderr_of(notebook):
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [output.text for output in outputs if output.get("name") == "stderr"]
+
+
+def bundled_runs():
+    for place, name in enumerate(NAMES):
+        for turn, kind in enumerate(PROMPTS):
+            later = turn != place % len(PROMPTS) and not os.environ.get("EVERY_PROMPT")
+            skip = pytest.mark.skipif(later, reason="all five prompts run with EVERY_PROMPT=1")
+            yield pytest.param(name, PROMPTS[kind], marks=skip, id=f"{name}-{kind}")
+
+
+@pytest.mark.parametrize("name, prompt", list(bundled_runs()))
+def test_runs_on_an_unlike_prompt(name, prompt, tmp_path):
+    notebook = run(name, tmp_path, prompt=prompt)
+    assert not stderr_of(notebook)
+    figures = list(tmp_path.glob("*.png"))
+    assert figures and all(figure.with_suffix(".svg").exists() for figure in figures)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_on_another_shape_of_llama(name, shape, tmp_path):
+    folder = tmp_path / "tiny-llama"
+    for part in tiny_llama(**shape):
+        part.save_pretrained(folder)
+    prompt = "A" if "rope_parameters" in shape else "The keys to the cabinet"
+    assert not stderr_of(run(name, tmp_path, prompt=prompt, model_name=str(folder)))
