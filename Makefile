@@ -31,7 +31,8 @@ $(READY): requirements.lock pyproject.toml
 model: $(READY)
 	@$(BIN)/python -m helpers.models
 
-report: model
+# The reports fetch the model themselves, where it is not there yet.
+report: $(READY)
 	$(BIN)/python -m helpers.reports $(PROMPTS) --out $(OUT)
 
 test: model
