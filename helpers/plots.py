@@ -140,12 +140,10 @@ def show_figure(fig, name, alt, folder=None):
 
     With a ``folder`` it is also written there as ``name.png`` and ``name.svg``.
     """
-    if folder:
-        save_figure(fig, name, folder)
-    picture = io.BytesIO()
-    fig.savefig(picture, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    # drawing is what takes time, so a saved picture is shown and not drawn again
+    picture = save_figure(fig, name, folder)[0].read_bytes() if folder else _png(fig)
     plt.close(fig)
-    display(Image(picture.getvalue(), format="png", alt=alt))
+    display(Image(picture, format="png", alt=alt))
 
 
 def save_figure(fig, name, folder):
@@ -156,10 +154,16 @@ def save_figure(fig, name, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-    fig.savefig(png, dpi=150, bbox_inches="tight", metadata={"Software": None})
+    png.write_bytes(_png(fig))
     with plt.rc_context({"svg.hashsalt": name}):
         fig.savefig(svg, bbox_inches="tight", metadata={"Date": None})
     return png, svg
+
+
+def _png(fig):
+    picture = io.BytesIO()
+    fig.savefig(picture, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    return picture.getvalue()
 
 
 def _colours(scores, signed, limit=None):
