@@ -51,7 +51,7 @@ figures: model
 	@for notebook in notebooks/*.ipynb; do \
 		name=$$(basename $$notebook .ipynb); mkdir -p outputs/figures/$$name; \
 		echo "$$name"; \
-		$(BIN)/papermill --no-progress-bar --log-level WARNING --cwd notebooks $$notebook /dev/null \
+		$(BIN)/papermill --no-progress-bar --log-level WARNING --cwd notebooks $$notebook - \
 			-r output_dir $(CURDIR)/outputs/figures/$$name > /dev/null || exit 1; \
 	done; echo "Figures are in outputs/figures"
 
