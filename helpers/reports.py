@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -110,6 +111,7 @@ def plan(path, *, model=BUNDLED, notebook=DEFAULT_NOTEBOOK, methods=(), dtype="f
     tokenizer = load_tokenizer(model)
     config = json.loads((resolve_model(model) / "config.json").read_text(encoding="utf-8"))
     context = config.get("max_position_embeddings")
+    takes = cache(lambda source: set(papermill.inspect_notebook(_literal(source))))
     jobs, problems = [], []
     questions, slugs = {}, {}  # what was asked, and which folders are taken: the line of each
     for line, number, raw in entries:
@@ -124,7 +126,7 @@ def plan(path, *, model=BUNDLED, notebook=DEFAULT_NOTEBOOK, methods=(), dtype="f
                 context=context,
             )
             source = find_notebook(entry.notebook or notebook)
-            parameters = _parameters(entry, source, list(methods), model, dtype)
+            parameters = _parameters(entry, source, takes(source), list(methods), model, dtype)
             first = questions.setdefault((source, repr(parameters)), line)
             if first != line:
                 raise InputError(f"It asks the same as line {first}: remove one.")
@@ -189,9 +191,8 @@ def _check_method(method):
         raise InputError(f"There is no method {method!r}: choose from {', '.join(METHODS)}.")
 
 
-def _parameters(entry, notebook, methods, model, dtype):
-    """What papermill passes to ``notebook``; an ``InputError`` if it has no such parameter."""
-    takes = set(papermill.inspect_notebook(_literal(notebook)))
+def _parameters(entry, notebook, takes, methods, model, dtype):
+    """What papermill passes to ``notebook``, which ``takes`` these; else an ``InputError``."""
     if "prompt" not in takes:
         raise InputError(f"The notebook {notebook.stem} takes no prompt, so it cannot be a report.")
     wanted = {

@@ -6,6 +6,7 @@ import captum.attr
 import pytest
 import torch
 from linear_model import LinearCausalModel
+from llama3_rope import LLAMA3_ROPE
 
 from helpers import METHODS, InputError, ask, attribute, tiny_llama
 from helpers import attribution as attribution_module
@@ -20,14 +21,6 @@ from helpers.attribution import (
 )
 
 PROMPT = "Riga is in"
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 VARIANTS = {
     "one key-value head": {"key_value_heads": 1},
     "two key-value heads": {"key_value_heads": 2},

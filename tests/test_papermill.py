@@ -8,6 +8,7 @@ import os
 
 import papermill
 import pytest
+from llama3_rope import LLAMA3_ROPE
 
 from helpers import tiny_llama
 from helpers.reports import NOTEBOOKS
@@ -25,14 +26,7 @@ SHAPES = {
     "one key-value head, tied": {"key_value_heads": 1, "tie_word_embeddings": True},
     "no sharing, Llama 3 positions": {
         "key_value_heads": 4,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
+        "rope_parameters": LLAMA3_ROPE,
     },
 }
 
