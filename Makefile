@@ -9,13 +9,14 @@ OUT ?= outputs/reports
 # Workers for the tests. Two torch processes with two threads each crawl, so each gets one thread.
 WORKERS ?= 2
 
-.PHONY: report test lint lab figures model execute lock clean help
+.PHONY: report test lint lab figures bench model execute lock clean help
 
 help:
 	@echo "make report   run the comparison over notebooks/prompts.yml; prints where the index is"
 	@echo "make test     every test, and nbval over every notebook"
 	@echo "make lab      JupyterLab on the notebooks"
 	@echo "make figures  every notebook's figures as PNG and SVG in outputs/figures"
+	@echo "make bench    speed and accuracy beside other libraries, about an hour; benchmarks/results.md"
 	@echo "make lint     ruff and codespell"
 	@echo "make execute  run every notebook in place, as they are committed"
 	@echo "make lock     new requirements.lock and environment.yml from pyproject.toml"
@@ -54,6 +55,19 @@ figures: model
 		$(BIN)/papermill --no-progress-bar --log-level WARNING --cwd notebooks $$notebook - \
 			-r output_dir $(CURDIR)/outputs/figures/$$name > /dev/null || exit 1; \
 	done; echo "Figures are in outputs/figures"
+
+# inseq needs an environment of its own. torch goes first there too, and by itself.
+INSEQ := outputs/benchmarks/inseq
+$(INSEQ)/ready: benchmarks/peers/inseq-requirements.txt
+	$(PYTHON) -m venv $(INSEQ)
+	$(INSEQ)/bin/python -m pip install --quiet "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' $<)"
+	$(INSEQ)/bin/python -m pip install --quiet -r $<
+	touch $@
+
+# The first keeps the machine to itself for twenty minutes; the second can be interrupted.
+bench: model $(INSEQ)/ready
+	$(BIN)/python benchmarks/attribution.py --inseq $(INSEQ)/bin/python
+	$(BIN)/python benchmarks/integrated_gradients.py
 
 # One thread, as in the tests: sums in another order differ in their last digits.
 execute: model

@@ -68,8 +68,10 @@ def token_text(ax, labels, scores, *, signed=True, line_width=72):
     return ax
 
 
-def token_bars(ax, labels, scores, *, signed=True, most=24, value="{:+.2f}"):
+def token_bars(ax, labels, scores, *, errors=None, signed=True, most=24, value="{:+.2f}"):
     """One horizontal bar a token, in the order of the prompt, with its number.
+
+    ``errors`` [seq], if given, are drawn as error bars to both sides.
 
     A prompt of more than ``most`` tokens shows the ``most`` with the largest scores, each with its
     position.
@@ -81,7 +83,12 @@ def token_bars(ax, labels, scores, *, signed=True, most=24, value="{:+.2f}"):
         names = [f"{name}  ({i})" for name, i in zip(names, shown, strict=True)]
     colour, _ = _colours(scores, signed)
     bars = ax.barh(
-        range(len(shown)), scores[shown], color=[colour(s) for s in scores[shown]], edgecolor="0.3"
+        range(len(shown)),
+        scores[shown],
+        xerr=None if errors is None else np.asarray(errors, dtype=float)[shown],
+        color=[colour(s) for s in scores[shown]],
+        edgecolor="0.3",
+        error_kw={"capsize": 3, "elinewidth": 1},
     )
     ax.bar_label(bars, [value.format(s) for s in scores[shown]], padding=3, fontsize=8)
     ax.set_yticks(range(len(shown)), names, **_tick_style())

@@ -375,6 +375,7 @@ def _read_evidence(path):
             "method": row["method"],
             "token": str(row["strongest token"]),
             "gap": None if pd.isna(row["gap"]) else float(row["gap"]),
+            "closed": row["closed"] == "yes",
         }
         for row in rows
         if row["method"] != "random"

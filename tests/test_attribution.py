@@ -9,15 +9,14 @@ from linear_model import LinearCausalModel
 from llama3_rope import LLAMA3_ROPE
 
 from helpers import METHODS, InputError, ask, attribute, tiny_llama
-from helpers import attribution as attribution_module
 from helpers.attribution import (
     baseline_embeds,
     completeness_gap,
     embed_prompt,
+    fixed_step_integrated_gradients,
     last_attention_rows,
     objective,
     objective_gradient,
-    rows_per_batch,
 )
 
 PROMPT = "Riga is in"
@@ -265,39 +264,24 @@ def test_the_counts_are_the_rows_that_were_run(tiny, method):
 
 
 @pytest.mark.parametrize("n_steps", [1, 7, 120])
-def test_integrated_gradients_count_their_steps(tiny, n_steps):
+def test_fixed_step_integrated_gradients_count_their_steps(tiny, n_steps):
     question = ask(*tiny, "a long prompt " * 8)  # several batches
     result, with_gradient, without = rows_run(
-        tiny[0], lambda: attribute(tiny[0], question, "integrated_gradients", n_steps=n_steps)
+        tiny[0], lambda: fixed_step_integrated_gradients(tiny[0], question, n_steps=n_steps)
     )
     assert (result.evaluations, result.forwards) == (with_gradient, without) == (n_steps, 2)
 
 
 @every_method
-def test_one_row_of_logits_is_kept(tiny, method):
-    model = tiny[0]
+@with_and_without_foil
+def test_no_logit_is_computed_that_is_not_asked_for(tiny, method, foil):
+    model, question = tiny[0], a_question(tiny, foil=foil)
     shapes = []
-    handle = model.lm_head.register_forward_hook(lambda m, i, out: shapes.append(out.shape[1:]))
-    attribute(model, a_question(tiny), method)
+    handle = model.register_forward_hook(lambda m, i, out: shapes.append(out.logits.shape[1:]))
+    attribute(model, question, method)
     handle.remove()
-    assert set(shapes) <= {(1, model.config.vocab_size)}
+    assert set(shapes) <= {(1, 1 if foil is None else 2)}
     assert shapes or method == "random"
-
-
-@pytest.mark.parametrize("method", ["integrated_gradients", "occlusion"])
-def test_batched_rows_give_the_scores_of_single_rows(tiny, method, monkeypatch):
-    question = a_question(tiny, foil="b")
-    batched = attribute(tiny[0], question, method)
-    monkeypatch.setattr(attribution_module, "rows_per_batch", lambda seq: 1)
-    single, with_gradient, without = rows_run(tiny[0], lambda: attribute(tiny[0], question, method))
-    same(batched.scores, single.scores)
-    assert (single.evaluations, single.forwards) == (with_gradient, without)
-
-
-def test_rows_per_batch_is_bounded_by_tokens_and_never_zero():
-    assert rows_per_batch(1) == attribution_module.TOKENS_PER_BATCH
-    assert rows_per_batch(100) * 100 <= attribution_module.TOKENS_PER_BATCH
-    assert rows_per_batch(10**6) == 1
 
 
 # --- gradients ---------------------------------------------------------------------------------
@@ -332,40 +316,21 @@ def test_the_objective_is_the_logit_less_the_foils(tiny):
     same(value[0], logits[question.target] - logits[question.foil])
 
 
-def test_captum_called_directly_gives_the_same_integrated_gradients(tiny):
-    model = tiny[0]
-    question = a_question(tiny)
-    embeds = embed_prompt(model, question)
-    mean = model.get_input_embeddings().weight.mean(dim=0)
-    direct = captum.attr.IntegratedGradients(
-        lambda rows: model(inputs_embeds=rows).logits[:, -1]
-    ).attribute(
-        embeds, baselines=mean.expand_as(embeds).clone(), target=question.target, n_steps=50
+def captum_directly(model, question, start, **options):
+    return (
+        captum.attr.IntegratedGradients(lambda rows: objective(model, rows, question))
+        .attribute(embed_prompt(model, question), baselines=start.clone(), **options)
+        .sum(dim=-1)[0]
     )
-    same(attribute(model, question, "integrated_gradients").scores, direct.sum(dim=-1)[0])
 
 
-def test_integrated_gradients_converge_where_the_path_is_smooth(tiny):
-    """From a baseline near the prompt: far from it, a Llama's path is not smooth."""
-    question = a_question(tiny)
-    near = embed_prompt(tiny[0], question) * 0.9
-    coarse, fine = (
-        attribute(tiny[0], question, "integrated_gradients", baseline=near, n_steps=n).gap
-        for n in (1, 50)
+@pytest.mark.parametrize("rule", ["gausslegendre", "riemann_trapezoid", "riemann_middle"])
+def test_fixed_steps_are_captums(tiny, rule):
+    model, question = tiny[0], a_question(tiny)
+    direct = captum_directly(
+        model, question, baseline_embeds(model, question), n_steps=50, method=rule
     )
-    assert fine < 1e-4 < coarse
-
-
-def test_the_gap_is_relative_to_what_the_objective_moved(tiny):
-    question = a_question(tiny)
-    result = attribute(tiny[0], question, "integrated_gradients", n_steps=3)
-    embeds, start = embed_prompt(tiny[0], question), baseline_embeds(tiny[0], question)
-    end_value, start_value = objective(tiny[0], torch.cat([embeds, start]), question).tolist()
-    moved = end_value - start_value
-    assert abs(moved) > 1
-    assert result.gap == pytest.approx(
-        abs(float(result.scores.sum()) - moved) / abs(moved), rel=1e-3
-    )
+    same(fixed_step_integrated_gradients(model, question, rule=rule).scores, direct)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_the_readme_lists_every_notebook():
 
 def born_in_notebooks():
     """``(function, notebook)`` for every helper whose docstring says where it was introduced."""
-    for info in pkgutil.iter_modules(helpers.__path__, "helpers."):
+    for info in pkgutil.walk_packages(helpers.__path__, "helpers."):
         module = importlib.import_module(info.name)
         for _, function in inspect.getmembers(module, inspect.isfunction):
             found = re.search(r"Introduced in\s+notebooks/(\w+)\.ipynb", function.__doc__ or "")

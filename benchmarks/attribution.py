@@ -1,0 +1,393 @@
+"""Integrated gradients and gradients by this engine and by its peers, side by side.
+
+Every number is a whole process: it loads the model, warms up, and measures one call. Peers take
+turns on the same question with the same steps, round by round, so that a ratio compares two things
+run minutes apart on the same machine; the ratio that is kept is the median over the rounds.
+
+    python benchmarks/attribution.py                 everything; writes results.md
+    python benchmarks/attribution.py --lengths 6,35  some lengths, for a look; writes nothing
+
+inseq needs its own environment, since it pins an older transformers: --inseq PATH/TO/python.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from helpers import ask, attribute, load_model
+from helpers.attribution import (
+    baseline_embeds,
+    embed_prompt,
+    last_attention_rows,
+    objective,
+    path_slopes,
+    replaced_values,
+    rows_per_batch,
+)
+from helpers.attribution.engine import answer_only, frozen, gradient_bytes, working_precision
+from helpers.models import bundled_model
+from helpers.questions import Question
+
+sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
+from machine import gradient_flops, matrix_rate, measured
+from peers.guide import compute_integrated_gradients, gradient_based_attribution
+from prompt_sets import questions
+from report import keep, table
+
+HERE = Path(__file__).parent
+# length: steps, rounds. The same work for every peer; fewer steps where one of them takes minutes.
+LENGTHS = {6: (50, 5), 35: (50, 3), 151: (50, 3), 512: (10, 3), 2048: (4, 1)}
+TEXT = HERE.parent / "LICENSE"  # long enough, and everybody has it
+
+
+def question_of(model, tokenizer, length):
+    """A question whose prompt is exactly ``length`` tokens: a stretch of the licence."""
+    ids = tokenizer(TEXT.read_text(encoding="utf-8"))["input_ids"]
+    for start in range(20, 200):
+        prompt = tokenizer.decode(ids[start : start + length])
+        if tokenizer(prompt)["input_ids"] == ids[start : start + length]:
+            return ask(model, tokenizer, prompt)
+    raise RuntimeError(f"no stretch of {length} tokens that decodes and encodes to itself")
+
+
+# --- the peers: each a function of a loaded model that gives scores [seq] -----------------------
+
+
+def guide(model, tokenizer, question, steps):
+    ids = question.input_ids
+    scores, _ = compute_integrated_gradients(model, tokenizer, ids, "pad", steps)
+    return scores.sum(dim=-1)[0]
+
+
+def captum_layer(model, tokenizer, question, steps):
+    from captum.attr import LayerIntegratedGradients
+
+    embed = model.get_input_embeddings()
+    method = LayerIntegratedGradients(lambda ids: model(ids).logits[:, -1], embed)
+    ends = torch.full_like(question.input_ids, tokenizer.eos_token_id)
+    scores = method.attribute(
+        question.input_ids, baselines=ends, target=question.target, n_steps=steps
+    )
+    return scores.sum(dim=-1)[0].detach()
+
+
+def captum_llm(model, tokenizer, question, steps):
+    """Captum's class for language models. It explains the log-probability, not the logit."""
+    from captum.attr import LayerIntegratedGradients, LLMGradientAttribution, TextTokenInput
+
+    layer = LayerIntegratedGradients(model, model.get_input_embeddings())
+    result = LLMGradientAttribution(layer, tokenizer).attribute(
+        TextTokenInput(question.prompt, tokenizer), target=question.target_label, n_steps=steps
+    )
+    return result.seq_attr.detach()
+
+
+def ours(model, tokenizer, question, steps, precision=None):
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    alphas, weights = torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
+    with frozen(model), working_precision(model, precision), answer_only(model, question) as answer:
+        start = baseline_embeds(model, question, "eos")
+        _, slopes = path_slopes(model, answer, start, alphas)
+    return weights @ slopes
+
+
+def ours_bfloat16(model, tokenizer, question, steps):
+    return ours(model, tokenizer, question, steps, "bfloat16")
+
+
+def guide_gradient(model, tokenizer, question, steps):
+    return gradient_based_attribution(model, question.input_ids)[0]
+
+
+def ours_gradient(model, tokenizer, question, steps):
+    return attribute(model, question, "saliency").scores
+
+
+PEERS = {
+    "the guide's code": guide,
+    "Captum LayerIntegratedGradients": captum_layer,
+    "Captum LLMGradientAttribution": captum_llm,
+    "ours": ours,
+    "ours, bfloat16": ours_bfloat16,
+    "the guide's gradient": guide_gradient,
+    "our gradient": ours_gradient,
+}
+
+
+def work(peer, length, steps):
+    """One measurement, as a process of its own: a JSON line."""
+    model, tokenizer = load_model()
+    question = question_of(model, tokenizer, length)
+    if peer.startswith(("the guide", "Captum")):
+        model.requires_grad_(True)  # as from_pretrained leaves it; our loader freezes
+    run = PEERS[peer]
+    gradient = "gradient" in peer.split()[-1] and "Captum" not in peer
+    run(model, tokenizer, question, 2)
+    with measured() as took:
+        repeats = max(1, 300 // length) if gradient else 1
+        for _ in range(repeats):
+            model.zero_grad(set_to_none=True)
+            scores = run(model, tokenizer, question, steps)
+    rate = matrix_rate()
+    done = gradient_flops(model, length) * (1 if gradient else steps)
+    return {
+        "seconds": took.seconds / repeats,
+        "bytes": took.bytes,
+        "share of rate": done * repeats / took.seconds / rate,
+        "rate": rate,
+        "scores": scores.double().tolist(),
+    }
+
+
+def spawn(peer, length, steps, inseq=None):
+    if peer != "inseq":
+        command = [sys.executable, __file__, "--peer", peer, "--length", str(length)]
+        command += ["--steps", str(steps)]
+        return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    model, tokenizer = load_model()
+    question = question_of(model, tokenizer, length)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as ids:
+        json.dump(question.input_ids[0].tolist(), ids)
+        ids.flush()
+        command = [inseq, str(HERE / "peers/inseq_peer.py"), "--model", str(bundled_model())]
+        command += ["--ids-file", ids.name, "--target", str(question.target)]
+        command += ["--steps", str(steps)]
+        done = subprocess.run(
+            command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        )
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {**found, "bytes": found["peak_bytes"]}
+
+
+# --- the tables --------------------------------------------------------------------------------
+
+
+def compare(lengths, peers, base, inseq, rounds_of=lambda rounds: rounds):
+    """One row a length and peer: the ratio to ``base``, the rate, the memory, the agreement."""
+    rows = []
+    for length in lengths:
+        steps, rounds = LENGTHS[length]
+        runs = {peer: [] for peer in peers}
+        for _ in range(rounds_of(rounds)):
+            for peer in peers:  # in turns, so that a slow minute of the machine meets all
+                print(f"{length} tokens, {steps} steps: {peer}", file=sys.stderr)
+                runs[peer].append(spawn(peer, length, steps, inseq))
+        reference = torch.tensor(runs[base][0]["scores"])
+        for peer, found in runs.items():
+            ratios = [b["seconds"] / r["seconds"] for b, r in zip(runs[base], found, strict=True)]
+            apart = (torch.tensor(found[0]["scores"]) - reference).abs().max()
+            share = median(run.get("share of rate", float("nan")) for run in found)
+            rows.append(
+                {
+                    "tokens": length,
+                    "steps": steps,
+                    "by": peer,
+                    "times as fast as the guide": f"{median(ratios):.2f}",
+                    "seconds": f"{median(run['seconds'] for run in found):.2f}",
+                    "of the matrix rate": "" if np.isnan(share) else f"{share:.0%}",
+                    "memory above the model, MB": f"{max(r['bytes'] for r in found) / 1e6:,.0f}",
+                    "largest difference from the guide's scores": (
+                        f"{apart / reference.abs().max():.0e}"
+                        if peer in SAME
+                        else "another objective"
+                    ),
+                }
+            )
+    return rows
+
+
+SAME = {"the guide's code", "Captum LayerIntegratedGradients", "ours", "ours, bfloat16", "inseq"}
+
+
+def agreement_of_bfloat16(split="reporting", steps=50):
+    """Rank correlation of 50-step scores in bfloat16 with float32, over the short prompts."""
+    model, tokenizer = load_model()
+    found = []
+    for question in questions(model, tokenizer, split):
+        if 4 <= len(question.labels) <= 15:
+            scores = {
+                name: ours(model, tokenizer, question, steps, name).numpy()
+                for name in (None, "bfloat16")
+            }
+            found.append(pd.DataFrame(scores).rank().corr().iloc[0, 1])
+    return found
+
+
+def causality(lengths=(35, 151, 512)):
+    """Occlusion with and without the shared beginning: the same falls, and how much sooner."""
+    model, tokenizer = load_model()
+    rows = []
+    for length in lengths:
+        question = question_of(model, tokenizer, length)
+        each = torch.eye(length, dtype=torch.bool)
+        taken = {"plain": [], "shared": []}
+        for _ in range(3):
+            with answer_only(model, question) as answer:
+                with measured() as took:
+                    plain = replaced_plainly(model, answer, each)
+                taken["plain"].append(took.seconds)
+                with measured() as took:
+                    _, shared = replaced_values(model, answer, each)
+                taken["shared"].append(took.seconds)
+        ratios = [p / s for p, s in zip(taken["plain"], taken["shared"], strict=True)]
+        apart = (plain - shared).abs().max() / plain.abs().max()
+        rows.append(
+            {
+                "tokens": length,
+                "times as fast": f"{median(ratios):.2f}",
+                "seconds": f"{median(taken['shared']):.2f}",
+                "largest difference": f"{apart:.0e}",
+            }
+        )
+    return rows
+
+
+def replaced_plainly(model, question, replaced):
+    """``replaced_values`` as one would write it: every variant run whole, in batches."""
+    embeds, blank = embed_prompt(model, question), baseline_embeds(model, question)
+    values = []
+    with torch.inference_mode():
+        for some in replaced.split(rows_per_batch(len(replaced))):
+            rows = torch.where(some[..., None], blank, embeds)
+            values.append(objective(model, rows, question))
+    return torch.cat(values)
+
+
+def last_rows(length=8192, compared=1024):
+    """The last attention rows of a long prompt: memory, and equality with eager's full maps."""
+    model, tokenizer = load_model()
+    question = question_of(model, tokenizer, compared)
+    rows = last_attention_rows(model, question)
+    model.set_attn_implementation("eager")
+    maps = []
+    hooks = [
+        layer.self_attn.register_forward_hook(lambda m, i, out: maps.append(out[1][0, :, -1]))
+        for layer in model.model.layers
+    ]
+    with torch.inference_mode():
+        model(question.input_ids, use_cache=False, logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
+    model.set_attn_implementation("sdpa")
+    apart = float((rows - torch.stack(maps)).abs().max())
+    ids = torch.arange(length)[None] % len(tokenizer)  # the licence is too short
+    long = ask(model, tokenizer, "any", target=" the")
+    with measured() as took:
+        rows = last_attention_rows(model, replace(long, input_ids=ids))
+    heads, layers = model.config.num_attention_heads, model.config.num_hidden_layers
+    return {
+        "tokens": length,
+        "memory above the model, MB": f"{took.bytes / 1e6:,.0f}",
+        "full maps would take, MB": f"{layers * heads * length**2 * 4 / 1e6:,.0f}",
+        "seconds": f"{took.seconds:.1f}",
+        f"largest difference from eager at {compared} tokens": f"{apart:.0e}",
+    }
+
+
+LLAMA_3_2_1B = {  # the published shape of Llama-3.2-1B, with random weights
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
+
+
+def on_accelerator(device, shape=LLAMA_3_2_1B, lengths=(35, 151, 512, 2048), steps=50):
+    """The guide's code and ours on a model of this shape in bfloat16, both on ``device``."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**shape)).to(device, torch.bfloat16).eval()
+    kind = str(device).partition(":")[0]
+    rows = []
+    for length in lengths:
+        ids = torch.randint(0, shape["vocab_size"], (1, length), device=device)
+        question = Question("random tokens", ids, [""] * length, 1, None, "", None)
+        tokenizer = SimpleNamespace(pad_token_id=0)
+        taken = {"guide": [], "ours": []}
+        for round_of in range(4):  # the first warms up
+            with measured(kind) as took:
+                compute_integrated_gradients(model, tokenizer, ids, "pad", steps)
+            taken["guide"] += [took] if round_of else []
+            with measured(kind) as took:
+                ours(model, tokenizer, question, steps)
+            taken["ours"] += [took] if round_of else []
+        seconds = {name: median(t.seconds for t in some) for name, some in taken.items()}
+        rows.append(
+            {
+                "tokens": length,
+                "the guide's code, seconds": f"{seconds['guide']:.3f}",
+                "ours, seconds": f"{seconds['ours']:.3f}",
+                "times as fast": f"{seconds['guide'] / seconds['ours']:.1f}",
+                "memory above the model, MB": f"{max(t.bytes for t in taken['ours']) / 1e6:,.0f}",
+            }
+        )
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", help="only these, such as 6,35; nothing is written")
+    parser.add_argument("--rounds", type=int, help="of each comparison, instead of the table's own")
+    parser.add_argument("--inseq", help="the python of an environment with inseq")
+    for name, kind in (("--peer", str), ("--length", int), ("--steps", int)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)  # one measurement
+    given = parser.parse_args()
+    if given.peer:
+        print(json.dumps(work(given.peer, given.length, given.steps)))
+        return
+    lengths = [int(n) for n in given.lengths.split(",")] if given.lengths else list(LENGTHS)
+    paths = [peer for peer in PEERS if "gradient" not in peer.split()[-1] or "Captum" in peer]
+    if given.inseq:
+        paths.append("inseq")
+    rounds = (lambda usual: given.rounds) if given.rounds else (lambda usual: usual)
+    rows = compare(lengths, paths, "the guide's code", given.inseq, rounds)
+    slopes = compare(
+        lengths, ["the guide's gradient", "our gradient"], "the guide's gradient", None, rounds
+    )
+    print(table(rows), table(slopes), sep="\n\n")
+    if given.lengths:
+        return
+    found = agreement_of_bfloat16()
+    model, _ = load_model()
+    text = [
+        "### Integrated gradients, the same steps and the same baseline (the end-of-text token)",
+        table(rows),
+        "LLMGradientAttribution explains a log-probability, so its scores are other numbers."
+        + ("" if given.inseq else " inseq was not run: no environment was given (--inseq)."),
+        f"bfloat16 against float32, 50 steps, {len(found)} reporting prompts of 4 to 15 tokens: "
+        f"rank correlation {median(found):.3f} in the median, {min(found):.3f} at the least.",
+        f"Estimated memory of a gradient pass: {gradient_bytes(model) / 1e6:.2f} MB a token.",
+        "### One gradient",
+        table(slopes),
+        "### Occlusion, with the part before the first change computed once",
+        table(causality()),
+        "### The last attention row of every layer and head",
+        table([last_rows()]),
+        "### A model of Llama-3.2-1B's shape, random weights, bfloat16, on a GPU",
+    ]
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        text.append("Not measured: there was no GPU.")
+    else:
+        name = torch.cuda.get_device_name() if device.type == "cuda" else str(device)
+        text += [f"50 steps on {name}.", table(on_accelerator(device))]
+    keep("attribution", "The engine and its peers", "\n\n".join(text))
+
+
+if __name__ == "__main__":
+    main()

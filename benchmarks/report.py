@@ -1,0 +1,39 @@
+"""Keep each benchmark's table in results.md, beside the machine that made it."""
+
+import platform
+import re
+from datetime import date
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).with_name("results.md")
+
+
+def keep(name, title, text):
+    """Put ``text`` under ``title`` in results.md, in the place of what ``name`` left there."""
+    section = f"<!-- {name} -->\n## {title}\n\n{_machine()}\n\n{text.strip()}\n<!-- end {name} -->"
+    found = RESULTS.read_text(encoding="utf-8")
+    old = re.compile(rf"<!-- {name} -->.*?<!-- end {name} -->", re.DOTALL)
+    if old.search(found):
+        found = old.sub(lambda match: section, found)
+    else:
+        found = found.rstrip() + "\n\n" + section + "\n"
+    RESULTS.write_text(found, encoding="utf-8")
+    print(f"\n{title}\n\n{text.strip()}\n\nkept in {RESULTS.name}")
+
+
+def table(rows):
+    """A list of dicts as a Markdown table; their keys, in order, are its columns."""
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns), *([str(row[c]) for c in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _machine():
+    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    name = model[1] if model else platform.processor()
+    return (
+        f"Measured {date.today()} on {torch.get_num_threads()} threads of {name}, "
+        f"torch {torch.__version__}."
+    )

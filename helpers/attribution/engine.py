@@ -1,0 +1,292 @@
+"""The machine under the methods: the objective, its gradient, and how rows are run.
+
+Nothing here knows a method. Rows are variants of one prompt, as embeddings [rows, seq, dim]; they
+all have the same length, so no padding and no mask are needed.
+"""
+
+import contextlib
+from dataclasses import replace
+
+import psutil
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    LlamaForCausalLM,
+)
+
+from helpers.errors import InputError
+
+# rows x seq in one pass. More was no faster on two CPU cores; a GPU wants more, how much more has
+# not been measured.
+TOKENS_PER_BATCH = {"cpu": 2048, "other": 16_384}
+PRECISIONS = {"bfloat16": torch.bfloat16}
+
+
+# --- the objective -----------------------------------------------------------------------------
+
+
+def embed_prompt(model, question):
+    """The prompt's token embeddings [1, seq, dim], detached: the input that is explained.
+
+    Introduced in notebooks/04_embeddings.ipynb.
+    """
+    return model.get_input_embeddings()(question.input_ids).detach()
+
+
+def objective(model, embeds, question):
+    """The number to explain, for each row of ``embeds`` [rows, seq, dim]: FloatTensor [rows].
+
+    The logit of the target after the last position, less that of the foil. Only that position's
+    logits are computed (``logits_to_keep=1``); the others would be the largest tensor of all.
+
+    Introduced in notebooks/05_gradients.ipynb.
+    """
+    logits = model(inputs_embeds=embeds, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+    if question.foil is None:
+        return logits[:, question.target]
+    return logits[:, question.target] - logits[:, question.foil]
+
+
+def objective_gradient(model, embeds, question):
+    """The gradient of the objective with respect to ``embeds``, of the same shape.
+
+    ``autograd.grad`` computes this gradient and no other; ``backward()`` would also fill the
+    ``.grad`` of every weight that is not frozen.
+
+    Introduced in notebooks/05_gradients.ipynb.
+    """
+    embeds = embeds.detach().requires_grad_(True)  # a leaf
+    (grad,) = torch.autograd.grad(objective(model, embeds, question).sum(), embeds)
+    return grad
+
+
+# --- the model while a method runs -------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def frozen(model):
+    """Ask no gradient of any weight while inside, and leave the model as it was found."""
+    thawed = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in thawed:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in thawed:
+            weight.requires_grad_(True)
+
+
+class _AnswerHead(nn.Module):
+    """The rows of an output layer that belong to some token ids; always in full precision."""
+
+    def __init__(self, head, token_ids):
+        super().__init__()
+        self.weight = nn.Parameter(head.weight.detach()[token_ids].float(), requires_grad=False)
+        bias = getattr(head, "bias", None)
+        self.bias = None if bias is None else nn.Parameter(bias.detach()[token_ids].float(), False)
+
+    def forward(self, hidden):
+        return F.linear(hidden.float().to(self.weight.device), self.weight, self.bias)
+
+
+@contextlib.contextmanager
+def answer_only(model, question):
+    """Let the model compute only what the objective depends on, while inside.
+
+    A logit is the last hidden state times one row of the output layer. All the vocabulary's rows,
+    and the zeros that a backward pass sends through them, are a large part of the time on a short
+    prompt. And after the last layer's attention only the last position goes on to the answer: its
+    output projection and feed-forward are computed there alone, and what they return is added to
+    the residual stream of every position, of which only the last one is read.
+
+    Gives the question as the smaller model sees it: its target is logit 0, its foil logit 1. A
+    model whose output layer is not a plain matrix is left as it is.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if type(head) is not nn.Linear or not head.weight.is_floating_point():
+        yield question
+        return
+    token_ids = [question.target] + ([] if question.foil is None else [question.foil])
+    hooks = []
+    try:
+        for module in _pointwise_after_last_attention(model):
+            hooks.append(module.register_forward_pre_hook(lambda m, args: (args[0][:, -1:],)))
+        model.set_output_embeddings(_AnswerHead(head, token_ids))
+        yield replace(question, target=0, foil=None if question.foil is None else 1)
+    finally:
+        model.set_output_embeddings(head)
+        for hook in hooks:
+            hook.remove()
+
+
+def _pointwise_after_last_attention(model):
+    """Modules of a Llama's last layer that treat each position by itself; none in other models."""
+    if not isinstance(model, LlamaForCausalLM):
+        return []
+    last = model.model.layers[-1]
+    return [last.self_attn.o_proj, last.mlp]
+
+
+@contextlib.contextmanager
+def working_precision(model, precision):
+    """Do the products with weights in ``precision`` while inside; ``None`` leaves all as it is.
+
+    Weights are cast once, where autocast would cast frozen ones at every pass, and a normed
+    activation once for the two or three products that it feeds. The residual stream, the norms,
+    the rotary angles, attention (whose fused backward pass is slower in half precision on a CPU)
+    and the answer's logits stay in float32. Takes half of the model's memory once more. Raises
+    ``InputError`` for a precision that is not known.
+    """
+    if precision is None:
+        yield
+        return
+    if precision not in PRECISIONS:
+        raise InputError(f"The precision {precision!r} is unknown: use {', '.join(PRECISIONS)}.")
+    dtype = PRECISIONS[precision]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    linears = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear and module is not head and module.weight.dtype == torch.float32
+    ]
+    found = [(linear, linear.weight, linear.bias) for linear in linears]
+    attending = getattr(model.config, "_attn_implementation", None)
+    hooks = []
+    try:
+        for linear, weight, bias in found:
+            linear.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+            if bias is not None:
+                linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+            cast = linear.register_forward_pre_hook(lambda m, args: (args[0].to(dtype),))
+            hooks.append(cast)
+        if found and isinstance(model, LlamaForCausalLM):
+            for layer in model.model.layers:
+                for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                    hooks.append(norm.register_forward_hook(lambda m, args, out: out.to(dtype)))
+        if found and attending is not None:
+            model.set_attn_implementation("sdpa_float32")
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for linear, weight, bias in found:
+            linear.weight, linear.bias = weight, bias
+        if attending is not None:
+            model.set_attn_implementation(attending)
+
+
+def _sdpa_float32(module, query, key, value, mask, **options):
+    """torch's fused attention in float32, whatever precision the projections came in."""
+    attend = AttentionInterface()["sdpa"]
+    return attend(module, query.float(), key.float(), value.float(), mask, **options)
+
+
+AttentionInterface.register("sdpa_float32", _sdpa_float32)
+AttentionMaskInterface.register("sdpa_float32", AttentionMaskInterface()["sdpa"])
+
+
+# --- batches -----------------------------------------------------------------------------------
+
+
+def rows_per_batch(seq, tokens=TOKENS_PER_BATCH["cpu"]):
+    """How many prompts of ``seq`` tokens go through the model together, at ``tokens`` a pass."""
+    return max(1, tokens // seq)
+
+
+def token_budget(model):
+    """Tokens (rows x seq) that one forward and backward pass may take.
+
+    As many as make the machine fast, unless half of the memory that is free holds fewer.
+    """
+    device = model.get_input_embeddings().weight.device
+    most = TOKENS_PER_BATCH["cpu" if device.type == "cpu" else "other"]
+    return max(1, min(most, int(0.5 * free_memory(device) / gradient_bytes(model))))
+
+
+def free_memory(device):
+    """Bytes that ``device`` has free."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    free, _ = torch.accelerator.get_memory_info(device)
+    held = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    return free + held  # torch keeps what it once had and gives it out again
+
+
+def gradient_bytes(model):
+    """Bytes a token keeps between the forward and the backward pass through frozen weights.
+
+    Per layer: 8 vectors of the model's width (both norms' inputs and outputs, queries, keys,
+    values, the heads' output) and 3 of the feed-forward's; a quarter more for what comes and goes.
+    """
+    config = getattr(model.config, "get_text_config", lambda: model.config)()
+    if not hasattr(config, "intermediate_size"):
+        return 1
+    floats = 8 * config.hidden_size + 3 * config.intermediate_size
+    return int(1.25 * 4 * config.num_hidden_layers * floats)
+
+
+def in_batches(model, run, items, seq):
+    """``run`` on consecutive slices of ``items``, its results as a list.
+
+    ``items`` is anything with a length that can be sliced; each stands for one row of ``seq``
+    tokens. A slice holds what ``token_budget`` allows and is halved when memory runs out all the
+    same; what was computed is kept. One row that does not fit raises the error it met.
+    """
+    size = rows_per_batch(seq, token_budget(model))
+    results, done = [], 0
+    while done < len(items):
+        try:
+            results.append(run(items[done : done + size]))
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+                raise
+            size = max(1, min(size, len(items) - done) // 2)
+            clear_device_cache(garbage_collection=True)
+            continue
+        done += size
+    return results
+
+
+# --- what causality saves ----------------------------------------------------------------------
+
+
+def prompt_cache(model, embeds, question):
+    """The objective of the prompt ``embeds`` [1, seq, dim], and its keys and values by layer.
+
+    The second is ``None`` for a model that keeps no keys and values, or forgets some.
+    """
+    output = model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+    cache = getattr(output, "past_key_values", None)
+    whole = isinstance(cache, DynamicCache) and not any(cache.is_sliding)
+    return _contrast(output, question), cache if whole else None
+
+
+def objective_after(model, embeds, question, first, cache):
+    """The objective of rows that equal the cached prompt up to position ``first``.
+
+    ``embeds`` [rows, seq - first, dim] is what comes from there on. In a causal model no position
+    sees a later one, so the keys and values of the others are those in ``cache``.
+    """
+    if first == 0:
+        return objective(model, embeds, question)
+    past = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        keys, values = (
+            kept[:, :, :first].expand(len(embeds), -1, -1, -1)
+            for kept in (layer.keys, layer.values)
+        )
+        past.update(keys, values, index)
+    output = model(inputs_embeds=embeds, past_key_values=past, use_cache=True, logits_to_keep=1)
+    return _contrast(output, question)
+
+
+def _contrast(output, question):
+    logits = output.logits[:, -1].float()
+    if question.foil is None:
+        return logits[:, question.target]
+    return logits[:, question.target] - logits[:, question.foil]

@@ -1,0 +1,87 @@
+"""The benchmarks measure the same work: their peers agree, and their tables keep what was found."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import attribution as benchmark  # noqa: E402
+import report  # noqa: E402
+from prompt_sets import questions  # noqa: E402
+
+
+@pytest.mark.parametrize("length", [6, 35, 151, 512, 2048])
+def test_a_question_has_exactly_the_length_asked_for(bundled, length):
+    assert benchmark.question_of(*bundled, length).input_ids.shape == (1, length)
+
+
+@pytest.mark.parametrize("peer", ["Captum LayerIntegratedGradients", "ours"])
+def test_the_peers_compute_what_the_guides_code_computes(bundled, peer):
+    model, tokenizer = bundled
+    question = benchmark.question_of(model, tokenizer, 6)
+    expected = benchmark.guide(model, tokenizer, question, 3).double()
+    found = torch.as_tensor(benchmark.PEERS[peer](model, tokenizer, question, 3)).double()
+    assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+def test_both_gradients_are_the_same(bundled):
+    model, tokenizer = bundled
+    question = benchmark.question_of(model, tokenizer, 6)
+    expected = benchmark.guide_gradient(model, tokenizer, question, 1)
+    torch.testing.assert_close(
+        benchmark.ours_gradient(model, tokenizer, question, 1), expected, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_one_measurement_is_a_process_that_prints_one_line_of_json():
+    command = [sys.executable, str(ROOT / "benchmarks" / "attribution.py"), "--peer", "ours"]
+    command += ["--length", "6", "--steps", "2"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert found["seconds"] > 0 and found["rate"] > 1e9 and len(found["scores"]) == 6
+    assert 0 < found["share of rate"] < 1.2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_measured_memory_is_the_memory_that_was_taken():
+    from machine import measured
+
+    with measured() as took:
+        block = torch.ones(50_000_000)  # 200 MB
+    assert 1.9e8 < took.bytes < 3e8 and len(block)
+
+
+def test_the_gpu_benchmark_runs_on_the_cpu_too():
+    shape = {**benchmark.LLAMA_3_2_1B, "vocab_size": 64, "hidden_size": 64, "head_dim": 16}
+    shape |= {"intermediate_size": 64, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    (row,) = benchmark.on_accelerator("cpu", shape, lengths=(5,), steps=3)
+    assert float(row["times as fast"]) > 0
+
+
+def test_tuning_and_reporting_prompts_are_apart(bundled):
+    tuning, reporting = (
+        {(q.prompt, q.target, q.foil) for q in questions(*bundled, split)}
+        for split in ("tuning", "reporting")
+    )
+    assert len(tuning) >= 40 and len(reporting) >= 50
+    assert not tuning & reporting
+
+
+def test_a_table_replaces_the_one_it_kept_before_and_leaves_the_others(tmp_path, monkeypatch):
+    file = tmp_path / "results.md"
+    file.write_text("# Benchmarks\n", encoding="utf-8")
+    monkeypatch.setattr(report, "RESULTS", file)
+    report.keep("one", "First", report.table([{"a": 1, "b": "x"}]))
+    report.keep("two", "Second", "text")
+    report.keep("one", "First", r"again \1 with a backslash")
+    kept = file.read_text(encoding="utf-8")
+    assert kept.count("## First") == kept.count("## Second") == 1
+    assert "again \\1" in kept and "| a | b |" not in kept
+    assert kept.startswith("# Benchmarks")
