@@ -72,3 +72,19 @@ def test_runs_on_another_shape_of_llama(name, shape, tmp_path):
         part.save_pretrained(folder)
     prompt = "A" if "rope_parameters" in shape else "The keys to the cabinet"
     assert not stderr_of(run(name, tmp_path, prompt=prompt, model_name=str(folder)))
+
+
+def test_an_attribution_that_did_not_close_says_so_where_it_is_shown(tmp_path):
+    """This path needed hundreds of evaluations; here it may take the first look and no more."""
+    parameters = {"prompt": "The dog barked at the", "methods": ["integrated_gradients"]}
+    notebook = run("08_comparison", tmp_path, max_evaluations=33, **parameters)
+    text = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
+    assert "did NOT close" in text
+    titles = [
+        o.metadata["image/png"]["alt"]
+        for cell in notebook.cells
+        for o in cell.get("outputs", [])
+        if "image/png" in o.get("data", {})
+    ]
+    assert any("NOT closed" in title for title in titles)
+    assert "NO" in (tmp_path / "evidence.csv").read_text(encoding="utf-8").split(",")

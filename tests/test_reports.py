@@ -4,6 +4,7 @@ import html.parser
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from helpers import InputError
-from helpers.reports import _page, _write_whole, find_notebook, plan, read_entries
+from helpers.reports import _page, _write_whole, find_notebook, plan, read_entries, write_index
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -277,3 +278,19 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     with pytest.raises(TypeError):
         _write_whole(path, "text is not bytes")
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["index.html"]
+
+
+def test_the_index_says_which_attributions_did_not_close(reports, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(reports[0] / "plain", out / "plain")
+    evidence = out / "plain" / "evidence.csv"
+    table = pd.read_csv(evidence, keep_default_na=False)
+    row = table["method"] == "integrated_gradients"
+    assert set(table.loc[row, "closed"]) <= {"yes", "NO"} and set(table.loc[~row, "closed"]) == {
+        "-"
+    }
+    for closed, shown in (("yes", ";closed"), ("NO", "not&nbsp;closed")):
+        table.loc[row, "closed"] = closed
+        table.to_csv(evidence, index=False)
+        page = write_index(out).read_text(encoding="utf-8").replace("\n", ";")
+        assert (shown in page) and (("not&nbsp;closed" in page) == (closed == "NO"))

@@ -105,10 +105,10 @@ def answer_only(model, question):
     the residual stream of every position, of which only the last one is read.
 
     Gives the question as the smaller model sees it: its target is logit 0, its foil logit 1. A
-    model whose output layer is not a plain matrix is left as it is.
+    model whose output layer is not a plain matrix, or lies outside of memory, is left as it is.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if type(head) is not nn.Linear or not head.weight.is_floating_point():
+    if type(head) is not nn.Linear or not head.weight.is_floating_point() or head.weight.is_meta:
         yield question
         return
     token_ids = [question.target] + ([] if question.foil is None else [question.foil])
@@ -152,7 +152,10 @@ def working_precision(model, precision):
     linears = [
         module
         for module in model.modules()
-        if type(module) is nn.Linear and module is not head and module.weight.dtype == torch.float32
+        if type(module) is nn.Linear
+        and module is not head
+        and module.weight.dtype == torch.float32
+        and not module.weight.is_meta  # offloaded to disk or CPU memory
     ]
     found = [(linear, linear.weight, linear.bias) for linear in linears]
     attending = getattr(model.config, "_attn_implementation", None)
@@ -240,16 +243,30 @@ def in_batches(model, run, items, seq):
     size = rows_per_batch(seq, token_budget(model))
     results, done = [], 0
     while done < len(items):
-        try:
-            results.append(run(items[done : done + size]))
-        except (RuntimeError, MemoryError) as error:
-            if size == 1 or not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
-                raise
-            size = max(1, min(size, len(items) - done) // 2)
+        some = items[done : done + size]
+        result = _unless_out_of_memory(run, some)
+        if result is None:
+            size = len(some) // 2
             clear_device_cache(garbage_collection=True)
-            continue
-        done += size
+        else:
+            results.append(result)
+            done += len(some)
     return results
+
+
+def _unless_out_of_memory(run, some):
+    """``run(some)``, or ``None`` if memory ran out and ``some`` can still be halved.
+
+    A function of its own, so that the error is gone when it returns, and with it the tensors that
+    its traceback holds.
+    """
+    try:
+        return run(some)
+    except (RuntimeError, MemoryError) as error:
+        ran_out = isinstance(error, MemoryError) or should_reduce_batch_size(error)
+        if len(some) == 1 or not ran_out:
+            raise
+        return None
 
 
 # --- what causality saves ----------------------------------------------------------------------
