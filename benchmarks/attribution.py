@@ -94,11 +94,11 @@ def captum_llm(model, tokenizer, question, steps):
     return result.seq_attr.detach()
 
 
-def ours(model, tokenizer, question, steps, precision=None):
+def ours(model, tokenizer, question, steps, precision=None, baseline="eos"):
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     alphas, weights = torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
     with frozen(model), working_precision(model, precision), answer_only(model, question) as answer:
-        start = baseline_embeds(model, question, "eos")
+        start = baseline_embeds(model, question, baseline)
         _, slopes = path_slopes(model, answer, start, alphas)
     return weights @ slopes
 
@@ -213,17 +213,36 @@ OTHER = {  # peers whose scores answer another question
 
 
 def agreement_of_bfloat16(split="reporting", steps=50):
-    """Rank correlation of 50-step scores in bfloat16 with float32, over the short prompts."""
+    """Rank correlations of scores in bfloat16 with float32, over the short prompts, by method."""
     model, tokenizer = load_model()
-    found = []
-    for question in questions(model, tokenizer, split):
-        if 4 <= len(question.labels) <= 15:
-            scores = {
-                name: ours(model, tokenizer, question, steps, name).numpy()
-                for name in (None, "bfloat16")
-            }
+    asked = [q for q in questions(model, tokenizer, split) if 4 <= len(q.labels) <= 15]
+
+    def path(question, precision, baseline):
+        return ours(model, tokenizer, question, steps, precision, baseline)
+
+    runs = {
+        f"{steps} equal steps from the end-of-text token": lambda q, p: path(q, p, "eos"),
+        f"{steps} equal steps from half the prompt's embeddings, a path without cliffs": (
+            lambda q, p: path(q, p, 0.5 * embed_prompt(model, q))
+        ),
+    }
+    for name in ("saliency", "gradient_x_input", "occlusion", "attention"):
+        runs[name] = lambda q, p, n=name: attribute(model, q, n, precision=p).scores
+    rows = []
+    for name, run in runs.items():
+        found = []
+        for question in asked:
+            scores = {p: run(question, p).numpy() for p in (None, "bfloat16")}
             found.append(pd.DataFrame(scores).rank().corr().iloc[0, 1])
-    return found
+        rows.append(
+            {
+                "method": name,
+                "prompts": len(found),
+                "rank correlation, median": f"{median(found):.3f}",
+                "least": f"{min(found):.3f}",
+            }
+        )
+    return rows
 
 
 def causality(lengths=(35, 151, 256)):
@@ -366,7 +385,6 @@ def main():
     print(table(rows), table(slopes), sep="\n\n")
     if given.lengths or given.peers:
         return
-    found = agreement_of_bfloat16()
     model, _ = load_model()
     text = [
         "### Integrated gradients, the same steps and the same baseline (the end-of-text token)",
@@ -376,9 +394,9 @@ def main():
         "others in batches; where they differ by more than 1e-4, so does Captum from Captum: the "
         "path has cliffs, which multiply float32's rounding, and bfloat16's far more."
         + ("" if given.inseq else " inseq was not run: no environment was given (--inseq)."),
-        f"bfloat16 against float32, 50 steps, {len(found)} reporting prompts of 4 to 15 tokens: "
-        f"rank correlation {median(found):.3f} in the median, {min(found):.3f} at the least.",
         f"Estimated memory of a gradient pass: {gradient_bytes(model) / 1e6:.2f} MB a token.",
+        "### bfloat16 against float32, reporting prompts of 4 to 15 tokens",
+        table(agreement_of_bfloat16()),
         "### One gradient",
         table(slopes),
         "### Occlusion, with the part before the first change computed once",

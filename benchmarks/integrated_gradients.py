@@ -39,27 +39,23 @@ def main():
         if (str(number), what) not in done:
             note(number, what, len(asked[number].labels), run(asked[number]))
 
+    def closing(baseline):
+        return lambda q: row(attribute(model, q, "integrated_gradients", baseline=baseline))
+
     for number in range(len(asked)):
-        measure(number, "mean", lambda q: row(attribute(model, q, "integrated_gradients")))
+        measure(number, "mean", closing("mean"))
     for number in short:
-        measure(
-            number,
-            "eos",
-            lambda q: row(attribute(model, q, "integrated_gradients", baseline="eos")),
-        )
         measure(number, "finer", lambda q, n=number: finer(model, q, evaluations_of(n)))
+    for number in short:
         for rule in RULES:
             n_steps = 8 * evaluations_of(number)
             measure(number, f"8x {rule}", lambda q, r=rule, n=n_steps: captum(model, q, r, n))
+    for number in short:
+        measure(number, "eos", closing("eos"))
     for number in short[:2]:
-        measure(
-            number,
-            "zero",
-            lambda q: row(attribute(model, q, "integrated_gradients", baseline="zero")),
-        )
-    for number in short[:1]:
-        for rule in RULES:
-            measure(number, f"5000 {rule}", lambda q, r=rule: captum(model, q, r, 5000))
+        measure(number, "zero", closing("zero"))
+    for rule in RULES:
+        measure(short[0], f"5000 {rule}", lambda q, r=rule: captum(model, q, r, 5000))
     keep("integrated_gradients", "Integrated gradients that close", summary(pd.read_csv(KEPT)))
 
 
