@@ -7,7 +7,7 @@ run minutes apart on the same machine; the ratio that is kept is the median over
     python benchmarks/attribution.py                 everything; writes results.md
     python benchmarks/attribution.py --lengths 6,35  some lengths, for a look; writes nothing
 
-inseq needs its own environment, since it pins an older transformers: --inseq PATH/TO/python.
+inseq has an environment of its own, from peers/inseq-requirements.txt: --inseq PATH/TO/python.
 """
 
 import argparse
@@ -115,15 +115,15 @@ def ours_gradient(model, tokenizer, question, steps):
     return attribute(model, question, "saliency").scores
 
 
-PEERS = {
+PATHS = {
     "the guide's code": guide,
     "Captum LayerIntegratedGradients": captum_layer,
     "Captum LLMGradientAttribution": captum_llm,
     "ours": ours,
     "ours, bfloat16": ours_bfloat16,
-    "the guide's gradient": guide_gradient,
-    "our gradient": ours_gradient,
 }
+GRADIENTS = {"the guide's gradient": guide_gradient, "our gradient": ours_gradient}
+PEERS = PATHS | GRADIENTS
 
 
 def work(peer, length, steps):
@@ -133,7 +133,7 @@ def work(peer, length, steps):
     if peer.startswith(("the guide", "Captum")):
         model.requires_grad_(True)  # as from_pretrained leaves it; our loader freezes
     run = PEERS[peer]
-    gradient = "gradient" in peer.split()[-1] and "Captum" not in peer
+    gradient = peer in GRADIENTS
     run(model, tokenizer, question_of(model, tokenizer, 6), 2)  # short: what it frees stays held
     with measured() as took:
         repeats = max(1, 300 // length) if gradient else 1
@@ -372,16 +372,14 @@ def main():
         print(json.dumps(work(given.peer, given.length, given.steps)))
         return
     lengths = [int(n) for n in given.lengths.split(",")] if given.lengths else list(LENGTHS)
-    paths = [peer for peer in PEERS if "gradient" not in peer.split()[-1] or "Captum" in peer]
+    paths = list(PATHS)
     if given.inseq:
         paths.append("inseq")
     if given.peers:
         paths = [paths[0], *given.peers.split(";")]
     rounds = (lambda usual: given.rounds) if given.rounds else (lambda usual: usual)
     rows = compare(lengths, paths, "the guide's code", given.inseq, rounds)
-    slopes = compare(
-        lengths, ["the guide's gradient", "our gradient"], "the guide's gradient", None, rounds
-    )
+    slopes = compare(lengths, list(GRADIENTS), "the guide's gradient", None, rounds)
     print(table(rows), table(slopes), sep="\n\n")
     if given.lengths or given.peers:
         return

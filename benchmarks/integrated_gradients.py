@@ -25,8 +25,17 @@ from report import keep, table
 KEPT = Path(__file__).parents[1] / "outputs" / "benchmarks" / "integrated_gradients.csv"
 RULES = ("gausslegendre", "riemann_trapezoid", "riemann_middle")
 FINER = 20  # times the evaluations, for the scores that are taken as the truth
-FIELDS = ["prompt", "what", "tokens", "evaluations", "gap", "closed", "rank correlation", "seconds"]
-COLUMNS = [*FIELDS, "largest error"]
+COLUMNS = [
+    "prompt",
+    "what",
+    "tokens",
+    "evaluations",
+    "gap",
+    "closed",
+    "rank correlation",
+    "seconds",
+    "largest error",
+]
 
 
 def main():

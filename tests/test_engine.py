@@ -8,7 +8,6 @@ import pytest
 import torch
 from linear_model import LinearCausalModel
 from llama3_rope import LLAMA3_ROPE
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import METHODS, InputError, ask, attribute, tiny_llama
 from helpers.attribution import (
@@ -350,19 +349,9 @@ def test_a_model_with_a_sliding_window_is_run_whole(tiny):
 
 def test_the_last_rows_are_those_of_the_full_maps_and_none_is_formed():
     """2,000 tokens: the full maps of this model would be 64 MB each."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model, tokenizer = tiny_llama()
     question = replace(
-        ask(*tiny_llama(), PROMPT), input_ids=torch.randint(0, 64, (1, 2000)), target=3
+        ask(model, tokenizer, PROMPT), input_ids=torch.arange(2000)[None] % len(tokenizer)
     )
     sizes = []
 
