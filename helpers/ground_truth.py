@@ -1,0 +1,201 @@
+"""Prompts of which it is known which word decides: an examination for attribution methods.
+
+A minimal pair is two prompts that differ in one word and whose right answers are swapped. Where a
+model gets both right, that word, and by construction no other, made it prefer the one answer to
+the other; a method asked "why this answer rather than that?" should put it first. The sentences
+are our own; families of this kind are used by Linzen et al. 2016, arXiv:1611.01368 (agreement),
+Warstadt et al. 2020, arXiv:1912.00582 (BLiMP), and Wang et al. 2022, arXiv:2211.00593 (indirect
+objects).
+"""
+
+import random
+from dataclasses import dataclass
+from itertools import combinations, permutations
+from math import comb
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from helpers.errors import InputError
+from helpers.questions import ask, encode
+
+DATA = Path(__file__).parent / "data" / "ground_truth.yml"
+FAMILIES = (
+    "indirect_object",
+    "agreement",
+    "determiner_noun",
+    "anaphor_gender",
+    "capital",
+    "copy",
+)
+CANDIDATES = {"tuning": 200, "reporting": 640}  # cases a family, both directions counted
+CASES_PER_PASS = 16  # as many as are tokenised and run before the first one is handed out
+
+
+@dataclass(frozen=True)
+class Case:
+    """One direction of a minimal pair.
+
+    ``prompt`` leads to ``target``, and ``counterfactual``, which is the prompt with only the word
+    ``evidence`` exchanged, leads to ``foil``. Target and foil are words with their leading space,
+    of which a model is asked for the first token. ``family`` is one of ``FAMILIES``, ``split``
+    ``"tuning"`` or ``"reporting"``.
+    """
+
+    family: str
+    split: str
+    prompt: str
+    target: str
+    foil: str
+    evidence: str
+    counterfactual: str
+
+
+def cases(family, split):
+    """The cases of one family and split, the two directions of a pair one after the other.
+
+    Drawn from the templates and words in ``data/ground_truth.yml`` with a fixed seed, so the list
+    is the same everywhere; no prompt is in it twice. Raises ``InputError`` for an unknown family
+    or split.
+    """
+    if family not in FAMILIES or split not in CANDIDATES:
+        raise InputError(
+            f"There are no cases {family!r}, {split!r}: the families are {', '.join(FAMILIES)}, "
+            f"the splits {' and '.join(CANDIDATES)}."
+        )
+    words = yaml.safe_load(DATA.read_text(encoding="utf-8"))[family][split]
+    pairs = _pairs(words)
+    generator = random.Random(f"{family} {split}")
+
+    def pick(some):  # of this module only random() is promised to stay the same
+        return some[int(generator.random() * len(some))]
+
+    found, seen = [], set()
+    for _ in range(10 * CANDIDATES[split]):
+        (evidence, answer), (other, other_answer) = pick(pairs)
+        template = pick(words["templates"])
+        filling = {slot: pick(fillers) for slot, fillers in words["slots"].items()}
+        filling |= {"first": evidence, "second": other}
+        prompt = template.format(**filling, evidence=evidence)
+        counterfactual = template.format(**filling, evidence=other)
+        if len(found) < CANDIDATES[split] and not seen & {prompt, counterfactual}:
+            seen |= {prompt, counterfactual}
+            answers = f" {answer}", f" {other_answer}"
+            found.append(Case(family, split, prompt, *answers, evidence, counterfactual))
+            found.append(Case(family, split, counterfactual, *answers[::-1], other, prompt))
+    return found
+
+
+def _pairs(words):
+    """All ``((evidence, answer), (evidence, answer))`` that the words of a family allow."""
+    if "names" in words:  # the one who acts does so to the other
+        return [((one, two), (two, one)) for one, two in permutations(words["names"], 2)]
+    if "capital_of" in words:
+        return list(combinations(words["capital_of"].items(), 2))
+    if "copied" in words:
+        return list(combinations([(word, word) for word in words["copied"]], 2))
+    return [
+        ((one, answer), (two, other))
+        for one, two in words["evidence"]
+        for answer, other in words["answers"]
+    ]
+
+
+# --- which of them a model can answer ----------------------------------------------------------
+
+
+def solved(model, tokenizer, cases):
+    """The cases that count for this model, as ``(case, question, counterfactual_question)``.
+
+    A generator, in the order of ``cases``. A case counts if
+
+    - the first tokens of target and foil differ, and the two prompts have the same number of
+      tokens and differ in one contiguous run of them;
+    - the model prefers the target in the prompt, and the foil in the counterfactual.
+
+    Both questions ask for ``case.target`` rather than ``case.foil``, so the objective of the first
+    is above zero and that of the second below. A model that gets only one of the two right need
+    not have looked at the evidence.
+    """
+    for start in range(0, len(cases), CASES_PER_PASS):
+        usable = []  # (case, prompt ids, counterfactual ids, target, foil)
+        for case in cases[start : start + CASES_PER_PASS]:
+            ids, other = (encode(tokenizer, text) for text in (case.prompt, case.counterfactual))
+            target, foil = (
+                tokenizer(text, add_special_tokens=False)["input_ids"][0]
+                for text in (case.target, case.foil)
+            )
+            if target != foil and len(ids) == len(other) and _one_run(ids, other):
+                usable.append((case, tuple(ids), tuple(other), target, foil))
+        logits = _next_logits(model, {ids for _, *both, _, _ in usable for ids in both})
+        for case, ids, other, target, foil in usable:
+            if (
+                logits[ids][target] > logits[ids][foil]
+                and logits[other][target] < logits[other][foil]
+            ):
+                yield (
+                    case,
+                    ask(model, tokenizer, case.prompt, target=target, foil=foil),
+                    ask(model, tokenizer, case.counterfactual, target=target, foil=foil),
+                )
+
+
+def _one_run(ids, other):
+    """Whether two lists of equal length differ, and in neighbouring places only."""
+    places = [place for place, (a, b) in enumerate(zip(ids, other, strict=True)) if a != b]
+    return bool(places) and places[-1] - places[0] == len(places) - 1
+
+
+def _next_logits(model, prompts):
+    """The next-token logits [vocab] of each prompt, a tuple of ids: those of a length together."""
+    device = model.get_input_embeddings().weight.device
+    found = {}
+    for length in {len(prompt) for prompt in prompts}:
+        rows = sorted(prompt for prompt in prompts if len(prompt) == length)
+        with torch.inference_mode():
+            output = model(torch.tensor(rows, device=device), use_cache=False, logits_to_keep=1)
+        found.update(zip(rows, output.logits[:, -1].float().cpu(), strict=True))
+    return found
+
+
+# --- how well a method did ---------------------------------------------------------------------
+
+
+def evidence_positions(question, other):
+    """The positions where two questions of equal length hold different tokens: a list of int.
+
+    Introduced in notebooks/11_ground_truth.ipynb.
+    """
+    differ = question.input_ids[0] != other.input_ids[0]  # [seq]
+    return differ.nonzero()[:, 0].tolist()
+
+
+def reciprocal_rank(scores, positions, signed):
+    """1 / rank of the best placed of ``positions``, the largest score having rank 1.
+
+    ``scores`` [seq] are sorted by value if ``signed``, since the evidence has to push *towards*
+    the target, and by size if not. Tied tokens share the mean of their ranks, so scores that are
+    all alike gain nothing. Source: Voorhees 1999, the TREC-8 question answering track.
+
+    Introduced in notebooks/11_ground_truth.ipynb.
+    """
+    scores = np.asarray(scores, dtype=float)
+    if not signed:
+        scores = np.abs(scores)
+    best = scores[positions].max()
+    above, tied = (scores > best).sum(), (scores == best).sum()
+    return float(1 / (above + (tied + 1) / 2))
+
+
+def random_reciprocal_rank(seq, count):
+    """What a random order of ``seq`` tokens gets on average if ``count`` of them are evidence.
+
+    The best placed one has rank r in C(seq - r, count - 1) of the C(seq, count) ways to place the
+    evidence. For one evidence token this is (1 + 1/2 + ... + 1/seq) / seq.
+
+    Introduced in notebooks/11_ground_truth.ipynb.
+    """
+    ways = [comb(seq - rank, count - 1) for rank in range(1, seq + 1)]
+    return sum(way / rank for rank, way in enumerate(ways, start=1)) / comb(seq, count)
