@@ -49,7 +49,9 @@ def same(scores, expected, tolerance=1e-4):
 
 
 @with_and_without_foil
-@pytest.mark.parametrize("method", ["gradient_x_input", "integrated_gradients", "occlusion"])
+@pytest.mark.parametrize(
+    "method", ["gradient_x_input", "integrated_gradients", "occlusion", "shapley"]
+)
 def test_signed_methods_are_exact_on_a_linear_model(linear, tiny, method, foil):
     question = ask(linear, tiny[1], PROMPT, target="a", foil=foil)
     known = linear.known_scores(question)
@@ -71,7 +73,7 @@ def test_integrated_gradients_have_no_gap_on_a_linear_model(linear, tiny, baseli
     assert attribute(linear, question, "integrated_gradients", baseline=baseline).gap < 1e-5
 
 
-@pytest.mark.parametrize("method", ["integrated_gradients", "occlusion"])
+@pytest.mark.parametrize("method", ["integrated_gradients", "occlusion", "shapley"])
 def test_scores_are_relative_to_the_baseline(linear, tiny, method):
     question = ask(linear, tiny[1], PROMPT, target="a")
     from_eos = linear.embed(question.input_ids[0]) - linear.embed.weight[tiny[1].eos_token_id]
@@ -93,7 +95,10 @@ def test_the_linear_model_is_causal_and_its_mean_embedding_zero(linear, tiny):
 
 
 def test_methods_hold_what_the_notebooks_compare():
-    needed = "saliency gradient_x_input attention integrated_gradients occlusion random"
+    needed = (
+        "saliency gradient_x_input attention attention_rollout integrated_gradients occlusion "
+        "shapley relevance random"
+    )
     assert set(needed.split()) <= set(METHODS)
 
 

@@ -12,8 +12,9 @@ it belongs to and name it in ``METHODS``; comparison, reports and benchmarks pic
 import time
 from dataclasses import replace
 
-from helpers.attribution.attention import attention, last_attention_rows
+from helpers.attribution.attention import attention, attention_rollout, last_attention_rows
 from helpers.attribution.control import random
+from helpers.attribution.decomposition import alti_logit
 from helpers.attribution.engine import (
     answer_only,
     embed_prompt,
@@ -34,7 +35,13 @@ from helpers.attribution.path import (
     refine,
     simpson,
 )
-from helpers.attribution.perturbation import occlusion, replaced_values
+from helpers.attribution.perturbation import (
+    occlusion,
+    replaced_outputs,
+    replaced_values,
+    shapley,
+)
+from helpers.attribution.relevance import relevance
 from helpers.attribution.result import Attribution
 from helpers.errors import InputError
 
@@ -52,6 +59,7 @@ __all__ = [
     "objective_gradient",
     "path_slopes",
     "refine",
+    "replaced_outputs",
     "replaced_values",
     "rows_per_batch",
     "simpson",
@@ -61,8 +69,12 @@ METHODS = {
     "saliency": saliency,
     "gradient_x_input": gradient_x_input,
     "attention": attention,
+    "attention_rollout": attention_rollout,
+    "alti_logit": alti_logit,
+    "relevance": relevance,
     "integrated_gradients": integrated_gradients,
     "occlusion": occlusion,
+    "shapley": shapley,
     "random": random,
 }
 

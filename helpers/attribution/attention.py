@@ -3,6 +3,7 @@
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from helpers.attribution.engine import attending, attention_weights, sdpa
 from helpers.attribution.result import Attribution
 
 
@@ -46,3 +47,30 @@ def last_attention_rows(model, question):
     finally:
         model.set_attn_implementation(found)
     return torch.stack([row.to(rows[0].device) for row in rows])
+
+
+def attention_rollout(model, question, sink=True):
+    """How much of the last position flowed in from each token, by attention rollout.
+
+    Half of each layer is taken to be the residual connection and half its attention, averaged over
+    heads; the layers are multiplied. Scores are >= 0, sum to 1, and do not depend on target or
+    foil. ``sink=False`` leaves position 0, which takes much of the weight, out of every map but its
+    own row. Source: Abnar and Zuidema 2020, arXiv:2005.00928.
+
+    notebooks/06_attention.ipynb takes it apart.
+    """
+    seq = question.input_ids.shape[1]
+    flow = same = torch.eye(seq, device=question.input_ids.device)  # [seq, seq]
+
+    def roll(module, query, key, value, mask, scaling=None, **options):
+        nonlocal flow
+        weights = attention_weights(query, key, mask, scaling).mean(dim=0).to(flow.device)
+        if not sink and seq > 1:
+            weights[1:, 0] = 0
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+        flow = (0.5 * weights + 0.5 * same) @ flow
+        return sdpa(module, query, key, value, mask, scaling=scaling, **options)
+
+    with torch.inference_mode(), attending(model, roll):
+        model(question.input_ids, use_cache=False, logits_to_keep=1)
+    return Attribution(flow[-1], forwards=1, signed=False)

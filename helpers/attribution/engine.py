@@ -193,6 +193,44 @@ AttentionInterface.register("sdpa_float32", _sdpa_float32)
 AttentionMaskInterface.register("sdpa_float32", AttentionMaskInterface()["sdpa"])
 
 
+@contextlib.contextmanager
+def attending(model, function):
+    """Let every layer attend through ``function`` while inside; it takes what torch's own takes.
+
+    ``function(module, query, key, value, mask, scaling, **options)`` returns the attention's output
+    [rows, seq, heads, head_dim] and ``None``; ``sdpa`` below is torch's fused one, to call it with.
+    """
+    name = function.__name__
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, AttentionMaskInterface()["sdpa"])
+    found = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(found)
+
+
+def sdpa(module, query, key, value, mask, **options):
+    """torch's fused attention, under the name that transformers knows it by."""
+    return AttentionInterface()["sdpa"](module, query, key, value.to(query.dtype), mask, **options)
+
+
+def attention_weights(query, key, mask, scaling):
+    """The weights of one prompt's attention, [heads, seq, seq] in float32.
+
+    ``query`` [1, heads, seq, dim], ``key`` [1, kv heads, seq, dim]; a ``mask`` of ``None`` is the
+    causal one.
+    """
+    seq = query.shape[2]
+    grouped = query[0].unflatten(0, (key.shape[1], -1))  # [kv heads, heads per kv, seq, dim]
+    weights = (grouped @ key[0][:, None].transpose(-1, -2)).float().flatten(0, 1) * scaling
+    seen = torch.ones(seq, seq, dtype=torch.bool, device=query.device).tril()
+    if mask is not None:  # a sliding window
+        seen = mask[0, 0, :, :seq]
+    return weights.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+
+
 # --- batches -----------------------------------------------------------------------------------
 
 
@@ -272,25 +310,25 @@ def _unless_out_of_memory(run, some):
 # --- what causality saves ----------------------------------------------------------------------
 
 
-def prompt_cache(model, embeds, question):
-    """The objective of the prompt ``embeds`` [1, seq, dim], and its keys and values by layer.
+def prompt_cache(model, embeds):
+    """The logits [1, vocab] after the prompt ``embeds`` [1, seq, dim], and its keys and values.
 
     The second is ``None`` for a model that keeps no keys and values, or forgets some.
     """
     output = model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
     cache = getattr(output, "past_key_values", None)
     whole = isinstance(cache, DynamicCache) and not any(cache.is_sliding)
-    return _contrast(output, question), cache if whole else None
+    return output.logits[:, -1].float(), cache if whole else None
 
 
-def objective_after(model, embeds, question, first, cache):
-    """The objective of rows that equal the cached prompt up to position ``first``.
+def logits_after(model, embeds, first, cache):
+    """The logits [rows, vocab] of rows that equal the cached prompt up to position ``first``.
 
     ``embeds`` [rows, seq - first, dim] is what comes from there on. In a causal model no position
     sees a later one, so the keys and values of the others are those in ``cache``.
     """
     if first == 0:
-        return objective(model, embeds, question)
+        return model(inputs_embeds=embeds, use_cache=False, logits_to_keep=1).logits[:, -1].float()
     past = DynamicCache()
     for index, layer in enumerate(cache.layers):
         keys, values = (
@@ -299,11 +337,4 @@ def objective_after(model, embeds, question, first, cache):
         )
         past.update(keys, values, index)
     output = model(inputs_embeds=embeds, past_key_values=past, use_cache=True, logits_to_keep=1)
-    return _contrast(output, question)
-
-
-def _contrast(output, question):
-    logits = output.logits[:, -1].float()
-    if question.foil is None:
-        return logits[:, question.target]
-    return logits[:, question.target] - logits[:, question.foil]
+    return output.logits[:, -1].float()
