@@ -1,0 +1,225 @@
+"""Deletion, insertion, randomisation: identities, and models on which the answer is known."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from linear_model import LinearCausalModel
+
+from helpers import InputError, ask, attribute, tiny_llama
+from helpers.attribution import baseline_embeds, embed_prompt, objective
+from helpers.faithfulness import (
+    REPLACEMENTS,
+    against_random,
+    area,
+    bootstrap_interval,
+    by_method,
+    erasure_curves,
+    erasure_measures,
+    importance_order,
+    random_orders,
+    randomisation,
+    randomised,
+    rank_correlation,
+    replacement,
+)
+
+PROMPT = "Riga is in"
+
+
+def same(found, expected, tolerance=1e-4):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def linear(tiny):
+    return LinearCausalModel(tiny[1])
+
+
+# --- curves ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("baseline", REPLACEMENTS)
+@pytest.mark.parametrize("foil", [None, "b"])
+def test_a_curve_is_the_objective_with_tokens_replaced_one_after_the_other(tiny, baseline, foil):
+    model, question = tiny[0], ask(*tiny, PROMPT, foil=foil)
+    order = random_orders(len(question.labels), 1, seed=5)
+    curves = erasure_curves(model, question, order, baseline)
+    embeds = embed_prompt(model, question)
+    blank = baseline_embeds(model, question, replacement(model, question, baseline))
+    deleted, inserted = embeds.clone(), blank.clone()
+    for step, position in enumerate([None, *order[0].tolist()]):
+        if position is not None:
+            deleted[0, position] = blank[0, position]
+            inserted[0, position] = embeds[0, position]
+        with torch.no_grad():
+            expected = objective(model, torch.cat([deleted, inserted]), question)
+        same(torch.stack([curves.deletion[0, step, 0], curves.insertion[0, step, 0]]), expected)
+
+
+def test_probabilities_are_of_the_vocabulary_or_of_target_and_foil(tiny):
+    model = tiny[0]
+    for foil in (None, "b"):
+        question = ask(*tiny, PROMPT, target="a", foil=foil)
+        curves = erasure_curves(model, question, random_orders(len(question.labels), 1))
+        logits = model(question.input_ids).logits[0, -1]
+        of = [question.target] if foil is None else [question.target, question.foil]
+        expected = logits.softmax(-1)[of[0]] if foil is None else logits[of].softmax(-1)[0]
+        same(curves.deletion[0, 0, 1], expected.detach())
+
+
+def test_the_ends_of_the_curves_meet(tiny):
+    question = ask(*tiny, PROMPT)
+    curves = erasure_curves(tiny[0], question, random_orders(len(question.labels), 3))
+    assert torch.equal(curves.deletion[:, 0], curves.insertion[:, -1])
+    assert torch.equal(curves.deletion[:, -1], curves.insertion[:, 0])
+    assert curves.counts.tolist() == list(range(len(question.labels) + 1))
+
+
+def test_on_a_linear_model_no_order_does_better_than_the_known_scores(linear, tiny):
+    question = ask(linear, tiny[1], "Riga", target="a")
+    best = linear.known_scores(question).argsort(descending=True)
+    orders = torch.tensor([best.tolist(), *itertools.permutations(range(4))])
+    measures = erasure_measures(erasure_curves(linear, question, orders))
+    assert measures["faithfulness"].argmax() == 0 or (
+        measures["faithfulness"][0] == measures["faithfulness"].max()
+    )
+    assert measures["deletion"][0] == measures["deletion"].min()
+    assert measures["faithfulness"].min() < measures["faithfulness"][0]
+    same(measures["faithfulness"][1:].mean(), torch.tensor(0.0), 1e-4)  # chance, exactly
+
+
+def test_a_variant_that_orders_share_is_run_once(tiny):
+    question = ask(*tiny, PROMPT)
+    order = random_orders(len(question.labels), 1)
+    once = erasure_curves(tiny[0], question, order)
+    twice = erasure_curves(tiny[0], question, torch.cat([order, order]))
+    assert twice.forwards == once.forwards == 2 * len(question.labels) + 1
+    assert torch.equal(twice.deletion[0], twice.deletion[1])
+
+
+def test_a_limit_of_steps_takes_equal_portions(tiny):
+    question = ask(*tiny, "Riga is in Latvia, and ")
+    seq = len(question.labels)
+    order = random_orders(seq, 2)
+    fine, coarse = (erasure_curves(tiny[0], question, order, steps=n) for n in (None, 4))
+    assert len(coarse.counts) == 5 and coarse.counts[-1] == seq
+    same(coarse.deletion, fine.deletion[:, coarse.counts])
+
+
+def test_a_prompt_of_one_token_has_measures(tiny):
+    question = ask(*tiny, "R")
+    measures = erasure_measures(erasure_curves(tiny[0], question, torch.tensor([[0]])))
+    assert all(value.isfinite().all() for value in measures.values())
+
+
+@pytest.mark.parametrize("order", [[[0, 1]], [[0] * 10], [list(range(1, 11))]])
+def test_an_order_that_is_no_permutation_is_refused(tiny, order):
+    with pytest.raises(InputError, match="each of the 10 positions once"):
+        erasure_curves(tiny[0], ask(*tiny, PROMPT), torch.tensor(order))
+
+
+def test_area_is_the_mean_height():
+    counts = torch.tensor([0, 1, 4])
+    same(area(counts, torch.tensor([2.0, 2, 2])), torch.tensor(2.0))
+    same(area(counts, torch.tensor([0.0, 1, 4])), torch.tensor(2.0))
+
+
+def test_a_neighbour_is_the_token_before(tiny):
+    question = ask(*tiny, "abc")
+    embeds = embed_prompt(tiny[0], question)
+    assert torch.equal(replacement(tiny[0], question, "neighbour"), embeds[:, [1, 0, 1]])
+    alone = ask(*tiny, "a")
+    assert replacement(tiny[0], alone, "neighbour").shape == embed_prompt(tiny[0], alone).shape
+
+
+def test_scores_are_ordered_by_value_since_a_negative_one_pushes_away(linear, tiny):
+    question = ask(linear, tiny[1], PROMPT, target="a")
+    result = attribute(linear, question, "gradient_x_input")
+    assert result.scores[importance_order(result)].diff().le(0).all()
+    assert result.scores.min() < 0
+
+
+def test_against_random_beats_all_of_chance_where_the_scores_are_right(linear, tiny):
+    question = ask(linear, tiny[1], "Riga is", target="a")
+    results = {m: attribute(linear, question, m) for m in ("occlusion", "random")}
+    table = against_random(linear, question, results, count=30)
+    assert table.loc["occlusion", "beats_random"] >= 0.9
+    assert table.loc["occlusion", "faithfulness"] > table.loc["random", "faithfulness"]
+    assert table.loc["occlusion", "random_faithfulness"] < table.loc["occlusion", "faithfulness"]
+
+
+# --- randomisation -----------------------------------------------------------------------------
+
+
+def test_randomised_changes_the_top_layers_only_and_gives_them_back():
+    model, _ = tiny_llama()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    kept = [weight.data_ptr() for weight in model.parameters()]
+    with pytest.raises(RuntimeError, match="half way"), randomised(model, 1):
+        changed = {n for n, w in model.named_parameters() if not torch.equal(w, before[n])}
+        assert changed and all(name.startswith("model.layers.1.") for name in changed)
+        assert all("norm" not in name for name in changed)
+        raise RuntimeError("half way")
+    assert kept == [weight.data_ptr() for weight in model.parameters()]
+    assert all(torch.equal(w, before[n]) for n, w in model.named_parameters())
+
+
+def test_activations_keep_their_size():
+    model, _ = tiny_llama()
+    weight = model.model.layers[1].mlp.up_proj.weight
+    mean, std = weight.mean().item(), weight.std().item()
+    with randomised(model, 2):
+        assert weight.mean().item() == pytest.approx(mean, abs=4 * std / weight.numel() ** 0.5)
+        assert weight.std().item() == pytest.approx(std, rel=0.1)
+
+
+def test_a_method_that_looks_at_no_model_does_not_notice_and_one_that_does_does(tiny):
+    question = ask(*tiny, "Riga is in Latvia, and ")
+    assert randomisation(tiny[0], question, "random", [0, 1, 2]) == pytest.approx([1] * 3)
+    nothing, both = randomisation(tiny[0], question, "gradient_x_input", [0, 2])
+    assert nothing == pytest.approx(1) and both < 0.9
+
+
+def test_more_layers_than_there_are_is_refused(tiny):
+    with pytest.raises(InputError, match="There are 2 layers"), randomised(tiny[0], 3):
+        pass
+
+
+# --- statistics --------------------------------------------------------------------------------
+
+
+def test_rank_correlation_is_spearmans():
+    first, second = torch.tensor([1.0, 2, 2, 9]), torch.tensor([3.0, 1, 1, 0])
+    table = pd.DataFrame({"first": first.numpy(), "second": second.numpy()})
+    expected = table.corr(method="spearman").iloc[0, 1]
+    assert rank_correlation(first, second) == pytest.approx(expected)
+    assert np.isnan(rank_correlation(first[:2], second[:2]))
+
+
+def test_bootstrap_intervals_cover_the_mean_as_often_as_they_say():
+    draw = np.random.default_rng(0)
+    hits = 0
+    for trial in range(200):
+        mean, low, high = bootstrap_interval(draw.exponential(1, 60), 500, seed=trial)
+        assert low <= mean <= high
+        hits += low <= 1 <= high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_by_method_sorts_and_selects():
+    table = pd.DataFrame(
+        {
+            "family": ["a", "a", "b", "a"],
+            "method": ["worse", "better", "better", "better"],
+            "replacement": ["mean"] * 4,
+            "measure": ["top1", "top1", "top1", "gap"],
+            "value": [0.0, 1.0, 0.5, 9.0],
+        }
+    )
+    found = by_method(table, "top1", replacement="mean")
+    assert found.index.tolist() == ["better", "worse"]
+    assert found.loc["better", "mean"] == 0.75 and found.loc["better", "prompts"] == 2
+    assert by_method(table, "top1", family="a").loc["better", "mean"] == 1
