@@ -9,7 +9,7 @@ OUT ?= outputs/reports
 # Workers for the tests. Two torch processes with two threads each crawl, so each gets one thread.
 WORKERS ?= 2
 
-.PHONY: report test lint lab figures bench model execute lock clean help
+.PHONY: report test lint lab figures bench evidence model execute lock clean help
 
 help:
 	@echo "make report   run the comparison over notebooks/prompts.yml; prints where the index is"
@@ -17,6 +17,7 @@ help:
 	@echo "make lab      JupyterLab on the notebooks"
 	@echo "make figures  every notebook's figures as PNG and SVG in outputs/figures"
 	@echo "make bench    speed and accuracy beside other libraries, about an hour; benchmarks/results.md"
+	@echo "make evidence which method to believe, over 204 prompts, half an hour; can be interrupted"
 	@echo "make lint     ruff and codespell"
 	@echo "make execute  run every notebook in place, as they are committed"
 	@echo "make lock     new requirements.lock and environment.yml from pyproject.toml"
@@ -68,6 +69,11 @@ $(INSEQ)/ready: benchmarks/peers/inseq-requirements.txt
 bench: model $(INSEQ)/ready
 	$(BIN)/python benchmarks/attribution.py --inseq $(INSEQ)/bin/python
 	$(BIN)/python benchmarks/integrated_gradients.py
+
+# One process a core, one thread each. Finished prompts are kept in outputs/evidence. Writes the table
+# that the notebooks read, the summary in benchmarks/results.md and docs/evidence.png.
+evidence: model
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evidence.py
 
 # One thread, as in the tests: sums in another order differ in their last digits.
 execute: model
