@@ -260,7 +260,9 @@ def evidence_table(path=EVIDENCE):
 def by_method(table, measure, family=None, **only):
     """Mean and 95 % interval of one measure for each method, over prompts: a DataFrame.
 
-    ``only`` keeps the rows whose columns have these values, such as ``replacement="mean"``. Columns
+    Cases 2k and 2k + 1 of a family are one minimal pair, asked in both directions, and not
+    independent of each other: the interval is over pairs, each with the mean of its two. ``only``
+    keeps the rows whose columns have these values, such as ``replacement="mean"``. Columns
     ``mean``, ``low``, ``high``, ``prompts``; sorted, the largest mean first.
     """
     some = table[table["measure"] == measure].dropna(subset=["value"])
@@ -268,9 +270,9 @@ def by_method(table, measure, family=None, **only):
         some = some[some["family"] == family]
     for column, value in only.items():
         some = some[some[column] == value]
-    rows = {
-        method: (*bootstrap_interval(values), len(values))
-        for method, values in some.groupby("method", observed=True)["value"]
-    }
+    rows = {}
+    for method, found in some.groupby("method", observed=True):
+        pairs = found.groupby([found["family"], found["case"] // 2], observed=True)["value"].mean()
+        rows[method] = (*bootstrap_interval(pairs), len(found))
     frame = pd.DataFrame.from_dict(rows, "index", columns=["mean", "low", "high", "prompts"])
     return frame.sort_values("mean", ascending=False)

@@ -52,6 +52,7 @@ class Entry(BaseModel):
     target: StrictStr | None = None
     foil: StrictStr | None = None
     chat: StrictBool = False
+    evidence: StrictStr | None = None
     methods: list[StrictStr] | None = None
     notebook: StrictStr | None = None
 
@@ -178,6 +179,10 @@ def _parse(raw):
         raise InputError(f"The value of {key!r} will not do: {first['msg'].lower()}.") from None
     for method in entry.methods or []:
         _check_method(method)
+    if entry.evidence is not None and entry.evidence.strip() not in entry.prompt:
+        raise InputError(
+            f"The evidence {entry.evidence!r} is not in the prompt: write it as it stands there."
+        )
     if entry.id is not None and not _SLUG.fullmatch(entry.id):
         raise InputError(
             f"The id {entry.id!r} cannot name a folder: use up to 80 letters, digits, '.', '_' and "
@@ -199,6 +204,7 @@ def _parameters(entry, notebook, takes, methods, model, dtype):
         "target": entry.target,
         "foil": entry.foil,
         "chat": entry.chat,
+        "evidence": entry.evidence,
         "methods": entry.methods or methods,
     }
     parameters = {"prompt": entry.prompt}
@@ -363,7 +369,8 @@ def write_index(out):
 
 def _read_table(path):
     """A CSV as it was written: a token that reads ``NA`` is text, not a missing number."""
-    return pd.read_csv(path, keep_default_na=False, na_values={"gap": [""], "sum of scores": [""]})
+    numbers = ("gap", "sum of scores", "beats_random", "evidence_rank")
+    return pd.read_csv(path, keep_default_na=False, na_values={name: [""] for name in numbers})
 
 
 def _read_evidence(path):
@@ -374,12 +381,18 @@ def _read_evidence(path):
         {
             "method": row["method"],
             "token": str(row["strongest token"]),
-            "gap": None if pd.isna(row["gap"]) else float(row["gap"]),
-            "closed": row["closed"] == "yes",
+            "gap": _number(row["gap"]),
+            "closed": row["closed"],
+            "beats_random": _number(row.get("beats_random")),
+            "rank": _number(row.get("evidence_rank")),
         }
         for row in rows
         if row["method"] != "random"
     ]
+
+
+def _number(value):
+    return None if pd.isna(value) else float(value)
 
 
 def _read_json(path, keys):
@@ -440,8 +453,9 @@ def main_command(
     """Execute a notebook over every prompt of a file: one report each, and an index of them all.
 
     An entry of PROMPTS is a text, or a mapping with "prompt" and, as wanted, "id", "target",
-    "foil", "chat", "methods" and "notebook". The whole file is checked before anything runs. A
-    report that fails is kept and listed, the others go on, and the exit status is 1.
+    "foil", "chat", "evidence" (a word that must matter), "methods" and "notebook". The whole
+    file is checked before anything runs. A report that fails is kept and listed, the others go on,
+    and the exit status is 1.
     """
     try:
         if dtype not in DTYPES:

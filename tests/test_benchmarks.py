@@ -3,16 +3,25 @@
 import json
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
+import captum.attr
 import pytest
 import torch
+
+from helpers import METHODS, ask, attribute
+from helpers.attribution import embed_prompt, objective
+from helpers.faithfulness import evidence_table
+from helpers.ground_truth import FAMILIES, cases, evidence_positions, reciprocal_rank, solved
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import attribution as benchmark  # noqa: E402
+import evidence  # noqa: E402
 import report  # noqa: E402
+from peers import guide  # noqa: E402
 from prompt_sets import questions  # noqa: E402
 
 
@@ -85,3 +94,75 @@ def test_a_table_replaces_the_one_it_kept_before_and_leaves_the_others(tmp_path,
     assert kept.count("## First") == kept.count("## Second") == 1
     assert "again \\1" in kept and "| a | b |" not in kept
     assert kept.startswith("# Benchmarks")
+
+
+# --- the evidence ------------------------------------------------------------------------------
+
+
+def test_the_guides_norm_is_the_guides(bundled):
+    model, tokenizer = bundled
+    question = ask(model, tokenizer, "The keys to the cabinet")  # the guide explains the top token
+    expected, target = guide.compute_integrated_gradients(
+        model, tokenizer, question.input_ids, "pad", 4
+    )
+    found = evidence.guides_norm(model, question, n_steps=4).scores
+    assert target == question.target and tokenizer.pad_token_id == model.config.eos_token_id
+    torch.testing.assert_close(found, expected.norm(dim=-1)[0].float(), rtol=1e-2, atol=1e-3)
+
+
+def test_captums_default_is_captums(bundled):
+    model, tokenizer = bundled
+    question = ask(model, tokenizer, "The keys to the cabinet", target=" are", foil=" is")
+    direct = captum.attr.IntegratedGradients(lambda rows: objective(model, rows, question))
+    expected = direct.attribute(embed_prompt(model, question), internal_batch_size=50)
+    found = evidence.captums_default(model, question).scores
+    torch.testing.assert_close(found, expected.sum(dim=-1)[0].float(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_prompt_that_was_measured_is_not_measured_again(bundled, tmp_path, monkeypatch):
+    """Two runs over the same prompts: the second, of which every part is there, runs none."""
+    measured = []
+
+    def measure(case, number):
+        measured.append(case)
+        rows = [(name, "mean", "faithfulness", 1.0) for name in METHODS]
+        rows += [(name, "", what, 1.0) for name in METHODS for what in ONES]
+        return 5, rows
+
+    ONES = ("reciprocal_rank", "chance_reciprocal_rank", "evaluations", "forwards", "seconds")
+    monkeypatch.setattr(evidence, "measure", measure)
+    monkeypatch.setattr(evidence, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(evidence, "FAMILIES", ("capital",))
+    monkeypatch.setattr(evidence, "start_worker", lambda: None)
+    monkeypatch.setattr(evidence, "WORKER", dict(zip(("model", "tokenizer"), bundled, strict=True)))
+    wanted = list(islice(solved(*bundled, cases("capital", "tuning")), 3))
+    for number, (case, _, _) in enumerate(wanted):
+        evidence.run_one("tuning", "capital", number, case)
+    assert len(measured) == 3
+    evidence.main(split="tuning", per_family=3, workers=1, out=tmp_path / "table.parquet")
+    assert len(measured) == 3
+    table = evidence_table(tmp_path / "table.parquet")
+    assert table.groupby("case").ngroups == 3 and set(table["method"]) == set(METHODS)
+    assert not list((tmp_path / "kept").glob("*.part"))
+
+
+def test_the_committed_table_is_what_this_code_measures(bundled):
+    """One prompt of it again, for the methods that take a pass or two."""
+    model, tokenizer = bundled
+    table = evidence_table()
+    row = table[(table["split"] == "reporting") & (table["family"] == "capital")]
+    row = row[(row["case"] == 0) & (row["measure"] == "reciprocal_rank")].set_index("method")
+    case, question, other = next(solved(model, tokenizer, cases("capital", "reporting")))
+    places = evidence_positions(question, other)
+    for method in ("saliency", "gradient_x_input", "relevance", "alti_logit", "occlusion"):
+        result = attribute(model, question, method)
+        found = reciprocal_rank(result.scores, places, result.signed)
+        assert found == pytest.approx(row.loc[method, "value"]), (case.prompt, method)
+
+
+def test_the_committed_table_covers_every_family_and_method():
+    table = evidence_table()
+    assert set(table["split"]) == {"reporting"}
+    assert set(METHODS) | {evidence.GUIDE, evidence.CAPTUM} <= set(table["method"])
+    prompts = table.groupby("family", observed=True)["case"].nunique()
+    assert set(prompts.index) == set(FAMILIES) and prompts.sum() >= 200

@@ -213,6 +213,7 @@ def test_by_method_sorts_and_selects():
     table = pd.DataFrame(
         {
             "family": ["a", "a", "b", "a"],
+            "case": [0, 0, 0, 0],
             "method": ["worse", "better", "better", "better"],
             "replacement": ["mean"] * 4,
             "measure": ["top1", "top1", "top1", "gap"],
@@ -223,3 +224,22 @@ def test_by_method_sorts_and_selects():
     assert found.index.tolist() == ["better", "worse"]
     assert found.loc["better", "mean"] == 0.75 and found.loc["better", "prompts"] == 2
     assert by_method(table, "top1", family="a").loc["better", "mean"] == 1
+
+
+def test_the_two_directions_of_a_pair_count_as_one_prompt():
+    """Ten pairs whose directions agree are ten facts, not twenty."""
+    draw = np.random.default_rng(0).normal(size=10)
+    table = pd.DataFrame(
+        {
+            "family": "a",
+            "case": range(20),
+            "method": "any",
+            "replacement": "",
+            "measure": "gap",
+            "value": draw.repeat(2),
+        }
+    )
+    found = by_method(table, "gap").loc["any"]
+    mean, low, high = bootstrap_interval(draw)
+    assert found["prompts"] == 20
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx((mean, low, high))

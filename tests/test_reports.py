@@ -286,11 +286,31 @@ def test_the_index_says_which_attributions_did_not_close(reports, tmp_path):
     evidence = out / "plain" / "evidence.csv"
     table = pd.read_csv(evidence, keep_default_na=False)
     row = table["method"] == "integrated_gradients"
-    assert set(table.loc[row, "closed"]) <= {"yes", "NO"} and set(table.loc[~row, "closed"]) == {
-        "-"
-    }
-    for closed, shown in (("yes", ";closed"), ("NO", "not&nbsp;closed")):
+    assert set(table.loc[row, "closed"]) <= {"yes", "NO"}
+    asked = table["method"].isin(["integrated_gradients", "shapley"])
+    assert set(table.loc[~asked, "closed"]) == {"-"}
+    for closed, shown in (("yes", ">closed"), ("NO", "not&nbsp;closed")):
         table.loc[row, "closed"] = closed
         table.to_csv(evidence, index=False)
-        page = write_index(out).read_text(encoding="utf-8").replace("\n", ";")
+        page = write_index(out).read_text(encoding="utf-8")
         assert (shown in page) and (("not&nbsp;closed" in page) == (closed == "NO"))
+
+
+def test_the_index_shows_what_was_tested_and_the_place_of_the_evidence(reports, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(reports[0] / "plain", out / "plain")
+    evidence = out / "plain" / "evidence.csv"
+    table = pd.read_csv(evidence, keep_default_na=False)
+    assert table["beats_random"].astype(float).between(0, 1).all()
+    assert table["verdict"].str.contains("of random orders").all()
+    table["evidence_rank"] = range(3, 3 + len(table))
+    table.to_csv(evidence, index=False)
+    page = write_index(out).read_text(encoding="utf-8")
+    assert "% of random orders" in page.replace("&nbsp;", " ") and "at place 3" in page
+
+
+def test_evidence_that_is_not_in_the_prompt_is_refused(tmp_path, tiny_folder):
+    path = tmp_path / "prompts.yml"
+    path.write_text("- {prompt: The keys to, evidence: cabinet}", encoding="utf-8")
+    with pytest.raises(InputError, match="'cabinet' is not in the prompt"):
+        plan(path, model=str(tiny_folder))

@@ -81,7 +81,7 @@ def frozen(model):
             weight.requires_grad_(True)
 
 
-class _AnswerHead(nn.Module):
+class AnswerHead(nn.Module):
     """The rows of an output layer that belong to some token ids; always in full precision."""
 
     def __init__(self, head, token_ids):
@@ -116,7 +116,7 @@ def answer_only(model, question):
     try:
         for module in _pointwise_after_last_attention(model):
             hooks.append(module.register_forward_pre_hook(lambda m, args: (args[0][:, -1:],)))
-        model.set_output_embeddings(_AnswerHead(head, token_ids))
+        model.set_output_embeddings(AnswerHead(head, token_ids))
         yield replace(question, target=0, foil=None if question.foil is None else 1)
     finally:
         model.set_output_embeddings(head)
@@ -200,7 +200,7 @@ def attending(model, function):
     ``function(module, query, key, value, mask, scaling, **options)`` returns the attention's output
     [rows, seq, heads, head_dim] and ``None``; ``sdpa`` below is torch's fused one, to call it with.
     """
-    name = function.__name__
+    name = f"helpers_{function.__name__}"
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, AttentionMaskInterface()["sdpa"])
     found = model.config._attn_implementation

@@ -13,10 +13,10 @@ purposes only. What that means for another use is a question for whoever plans t
 import contextlib
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from helpers.attribution.engine import embed_prompt, objective
+from helpers.attribution.engine import attending, embed_prompt, objective
 from helpers.attribution.path import completeness_gap
 from helpers.attribution.result import Attribution
 from helpers.errors import InputError
@@ -58,11 +58,8 @@ def relevance_rules(model, through_attention=True):
             "take a Llama, or another method, such as integrated_gradients."
         )
     attend = attention_rule if through_attention else attention_kept_constant
-    attending = model.config._attn_implementation
     # attention stays fused: no [seq, seq] map is kept for the backward pass
-    fused = attending if attending == "sdpa_float32" else "sdpa"
-    AttentionInterface.register("relevance", attend(AttentionInterface()[fused]))
-    AttentionMaskInterface.register("relevance", AttentionMaskInterface()["sdpa"])
+    fused = "sdpa_float32" if model.config._attn_implementation == "sdpa_float32" else "sdpa"
     hooks = []
     try:
         for module in model.modules():
@@ -71,10 +68,9 @@ def relevance_rules(model, through_attention=True):
             elif isinstance(module, LlamaMLP):
                 hooks.append(module.act_fn.register_forward_hook(identity_rule))
                 hooks.append(module.down_proj.register_forward_pre_hook(product_rule))
-        model.set_attn_implementation("relevance")
-        yield
+        with attending(model, attend(AttentionInterface()[fused])):
+            yield
     finally:
-        model.set_attn_implementation(attending)
         for hook in hooks:
             hook.remove()
 

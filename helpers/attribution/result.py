@@ -11,7 +11,8 @@ class Attribution:
 
     ``scores``       FloatTensor [seq] on the CPU; in logits where the method has a sign
     ``gap``          |sum(scores) - moved| / max(|moved|, 1 logit), where ``moved`` is how much the
-                     objective changes from the baseline to the prompt; ``None`` where the method
+                     objective changes from the baseline to the prompt (from nothing, so the
+                     objective itself, for methods without a baseline); ``None`` where the method
                      does not promise that its scores add up
     ``closed``       whether the gap came down to the tolerance that was asked for; ``None`` where
                      none was. Scores that did not close are not yet those of the model
