@@ -62,9 +62,11 @@ KEPT = Path(__file__).parents[1] / "outputs" / "evidence"
 FIGURE = Path(__file__).parents[1] / "docs" / "evidence.png"
 GUIDE, CAPTUM = "guide's IG norm", "Captum's IG"
 # Integrated gradients to 5 % and not 2 %, and to a budget: they are most of the time as it is.
+IG = "integrated_gradients"
 OPTIONS = {"integrated_gradients": {"tolerance": 0.05, "max_evaluations": 129}}
 # The costlier experiments run on the first prompts of each family.
 REPLACED, PATCHED, STABLE, RANDOMISED = 6, 6, 2, 2
+CLOSED = 8  # prompts of each family on which integrated gradients may spend what they ask for
 RANDOM_ORDERS = 5
 SHORTER = {"integrated_gradients": {"max_evaluations": 65}, "shapley": {"permutations": 8}}
 DEPTHS = (1, 5, 15, 30)  # layers re-initialised, from the top
@@ -157,6 +159,19 @@ def measure(case, number):
     return len(question.labels), rows
 
 
+def measure_closed(case, number):
+    """Integrated gradients with their own tolerance and budget: is it the budget that they lack?"""
+    model, tokenizer = WORKER["model"], WORKER["tokenizer"]
+    ((_, question, other),) = solved(model, tokenizer, [case])
+    results = {f"{IG}, closed": attribute(model, question, IG)}
+    found = against_random(model, question, results, count=RANDOM_ORDERS, seed=number)
+    rows = [
+        (n, "mean", what, value) for n, some in found.iterrows() for what, value in some.items()
+    ]
+    rows += [*ground_truth(question, other, results), *costs(results)]
+    return len(question.labels), rows
+
+
 def ground_truth(question, other, results):
     positions = evidence_positions(question, other)
     chance = random_reciprocal_rank(len(question.labels), len(positions))
@@ -224,15 +239,15 @@ def start_worker():
     WORKER["model"], WORKER["tokenizer"] = load_model()
 
 
-def part_of(split, family, number, case):
+def part_of(split, family, number, case, closed=False):
     """The file that keeps what was measured on one prompt; another prompt has another file."""
     digest = hashlib.sha256(repr((case, OPTIONS, sorted(METHODS))).encode()).hexdigest()[:12]
-    return KEPT / f"{split}-{family}-{number:03d}-{digest}.parquet"
+    return KEPT / f"{'closed-' * closed}{split}-{family}-{number:03d}-{digest}.parquet"
 
 
-def run_one(split, family, number, case):
-    path = part_of(split, family, number, case)
-    tokens, rows = measure(case, number)
+def run_one(split, family, number, case, closed=False):
+    path = part_of(split, family, number, case, closed)
+    tokens, rows = measure_closed(case, number) if closed else measure(case, number)
     frame = pd.DataFrame(rows, columns=["method", "replacement", "measure", "value"])
     where = {"split": split, "family": family, "case": number, "tokens": tokens}
     frame = frame.assign(value=frame["value"].astype(float), **where)
@@ -264,10 +279,11 @@ def main(
             solved(WORKER["model"], WORKER["tokenizer"], cases(family, split)), per_family
         )
         wanted += [(split, family, number, case) for number, (case, _, _) in enumerate(some)]
+    wanted += [(*job, True) for job in wanted if job[2] < CLOSED]
     # the costlier first prompts of each family go first, so that no worker ends with them alone
     wanted.sort(key=lambda job: job[2])
     missing = [job for job in wanted if not part_of(*job).exists()]
-    print(f"{len(wanted)} prompts, {len(missing)} to do.", flush=True)
+    print(f"{len(wanted)} runs, {len(missing)} to do.", flush=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, start_worker) as pool:
         running = [pool.submit(run_one, *job) for job in missing]
@@ -281,7 +297,8 @@ def main(
     write_whole(found, out)
     print(summary(found))
     if out == EVIDENCE:
-        keep("evidence", "Which method to believe", summary(found))
+        text = f"{workers} processes of one thread each.\n\n{summary(found)}"
+        keep("evidence", "Which method to believe", text)
         draw(found).savefig(FIGURE, dpi=110, bbox_inches="tight", metadata={"Software": None})
 
 
@@ -324,7 +341,7 @@ def summary(found):
     text = [
         f"{len(each)} prompts of the {found['split'].iloc[0]} half, {family.min()} to "
         f"{family.max()} a family, {each.median():.0f} tokens in the median. Means with 95 % "
-        "bootstrap intervals over prompts.",
+        "bootstrap intervals over minimal pairs.",
         table(rows),
         f"A random order has the evidence at a reciprocal rank of {chance:.2f} on average.",
         "Reciprocal rank of the evidence by family:",
@@ -365,34 +382,38 @@ def changed(found):
 
 
 def draw(found):
-    """Methods by ground truth and by faithfulness, each against its cost, with intervals."""
-    cost = by_method(found, "seconds")["mean"]
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    """Methods by ground truth, by faithfulness and by cost, in one order, with intervals."""
+    order = by_method(found, "reciprocal_rank").index[::-1]
+    fig, axes = plt.subplots(1, 3, figsize=(12, 5), layout="constrained", sharey=True)
     chance = found[found["measure"] == "chance_reciprocal_rank"]["value"].mean()
-    panels = (
-        ("reciprocal_rank", "", "reciprocal rank of the word that decides", chance),
-        ("faithfulness", "mean", "insertion less deletion, in logits", 0.0),
-    )
-    for ax, (what, erased, label, level) in zip(axes, panels, strict=True):
-        some = by_method(found, what, replacement=erased)
-        names = [name for name in some.index if name in cost.index or name in RIVALS]
-        rows = some.loc[names][::-1]
-        ours = [name in METHODS or name in VARIANTS for name in rows.index]
-        ax.errorbar(
-            rows["mean"],
-            range(len(rows)),
-            xerr=[rows["mean"] - rows["low"], rows["high"] - rows["mean"]],
-            fmt="none",
-            ecolor="0.4",
-            capsize=2,
-        )
-        for place, (mean, own) in enumerate(zip(rows["mean"], ours, strict=True)):
-            ax.plot(mean, place, "o" if own else "s", color="C0" if own else "C3", ms=6)
-        ax.axvline(level, color="0.3", linestyle=":", linewidth=1)
-        ax.set_yticks(range(len(rows)), rows.index)
-        ax.set_xlabel(label)
+    dots(axes[0], by_method(found, "reciprocal_rank").loc[order], "o")
+    axes[0].axvline(chance, color="0.3", linestyle=":")
+    axes[0].set(xlabel="reciprocal rank of the word that decides", xlim=(0, 1))
+    axes[0].set_yticks(range(len(order)), order)
+    for shift, marker, erased in ((0, "o", "mean"), (-0.2, "s", "eos"), (-0.4, "d", "neighbour")):
+        some = by_method(found, "faithfulness", replacement=erased).reindex(order)
+        dots(axes[1], some, marker, shift, label=f"erased: {erased}")
+    axes[1].axvline(0, color="0.3", linestyle=":")
+    axes[1].set(xlabel="insertion less deletion (logits)")
+    axes[1].legend(fontsize=8, loc="lower right")
+    cost = 2 * by_method(found, "evaluations")["mean"] + by_method(found, "forwards")["mean"]
+    axes[2].barh(range(len(order)), cost[order], color="0.6")
+    axes[2].set(xscale="log", xlabel="rows through the model; a gradient counts twice")
+    axes[0].set_title("Finds the word (dotted: chance)", fontsize=10)
+    axes[1].set_title("Erasing bears it out (dotted: chance)", fontsize=10)
+    axes[2].set_title("Cost", fontsize=10)
+    for label in axes[0].get_yticklabels():
+        rival = label.get_text() in RIVALS or label.get_text() == "random"
+        label.set_fontstyle("italic" if rival else "normal")
+    for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     return fig
+
+
+def dots(ax, rows, marker, shift=0.0, label=None):
+    spread = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
+    places = [place + shift for place in range(len(rows))]
+    ax.errorbar(rows["mean"], places, xerr=spread, fmt=marker, ms=4, capsize=2, label=label)
 
 
 if __name__ == "__main__":

@@ -133,6 +133,7 @@ def test_a_prompt_that_was_measured_is_not_measured_again(bundled, tmp_path, mon
     monkeypatch.setattr(evidence, "measure", measure)
     monkeypatch.setattr(evidence, "KEPT", tmp_path / "kept")
     monkeypatch.setattr(evidence, "FAMILIES", ("capital",))
+    monkeypatch.setattr(evidence, "CLOSED", 0)
     monkeypatch.setattr(evidence, "start_worker", lambda: None)
     monkeypatch.setattr(evidence, "WORKER", dict(zip(("model", "tokenizer"), bundled, strict=True)))
     wanted = list(islice(solved(*bundled, cases("capital", "tuning")), 3))
