@@ -385,6 +385,7 @@ def _read_evidence(path):
             "closed": row["closed"],
             "beats_random": _number(row.get("beats_random")),
             "rank": _number(row.get("evidence_rank")),
+            "seconds": _number(row.get("seconds")),
         }
         for row in rows
         if row["method"] != "random"
