@@ -20,7 +20,7 @@ from helpers.attribution import (
     embed_prompt,
     replaced_outputs,
 )
-from helpers.attribution.engine import answer_only, working_precision
+from helpers.attribution.engine import answer_only, contrast, working_precision
 from helpers.errors import InputError
 
 EVIDENCE = Path(__file__).resolve().parent / "data" / "evidence.parquet"
@@ -114,11 +114,10 @@ def replacement(model, question, name):
 
 
 def _logit_and_probability(logits, question):
-    target = logits[:, question.target]
+    value = contrast(logits, question)
     if question.foil is None:
-        return torch.stack([target, (target - logits.logsumexp(dim=-1)).exp()], dim=-1)
-    contrast = target - logits[:, question.foil]
-    return torch.stack([contrast, contrast.sigmoid()], dim=-1)
+        return torch.stack([value, (value - logits.logsumexp(dim=-1)).exp()], dim=-1)
+    return torch.stack([value, value.sigmoid()], dim=-1)
 
 
 def area(counts, curve):

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from helpers.attribution.engine import (
     answer_only,
+    contrast,
     embed_prompt,
     frozen,
     in_batches,
@@ -137,9 +138,7 @@ def patched_objectives(model, pair, question, cells, first=0, cache=None):
     finally:
         for hook in hooks:
             hook.remove()
-    if question.foil is None:
-        return logits[:, question.target]
-    return logits[:, question.target] - logits[:, question.foil]
+    return contrast(logits, question)
 
 
 def _logits(model, embeds, cells, cache):

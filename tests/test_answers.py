@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from linear_model import LinearCausalModel
+from watching import rows_run
 
 from helpers import METHODS, InputError, ask, attribute, tiny_llama
 from helpers.answers import (
@@ -219,22 +220,6 @@ def test_a_budget_that_cannot_be_kept_is_refused(tiny, questions, options):
 
 
 # --- what it costs -----------------------------------------------------------------------------
-
-
-def rows_run(model, run):
-    """Rows that went through ``model`` during ``run()``: with a gradient, without."""
-    rows = {True: 0, False: 0}
-
-    def count(module, inputs, named):
-        batch = named.get("inputs_embeds", inputs[0] if inputs else named.get("input_ids"))
-        rows[torch.is_grad_enabled() and batch.requires_grad] += len(batch)
-
-    handle = model.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        result = run()
-    finally:
-        handle.remove()
-    return result, rows[True], rows[False]
 
 
 @every_method

@@ -8,6 +8,7 @@ import pytest
 import torch
 from linear_model import LinearCausalModel
 from llama3_rope import LLAMA3_ROPE
+from watching import tensor_sizes
 
 from helpers import METHODS, InputError, ask, attribute, tiny_llama
 from helpers.attribution import (
@@ -353,17 +354,7 @@ def test_the_last_rows_are_those_of_the_full_maps_and_none_is_formed():
     question = replace(
         ask(model, tokenizer, PROMPT), input_ids=torch.arange(2000)[None] % len(tokenizer)
     )
-    sizes = []
-
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            sizes.extend(
-                t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t)
-            )
-            return out
-
-    with Largest():
+    with tensor_sizes() as sizes:
         rows = last_attention_rows(model, question)
     assert max(sizes) < 2000 * 2000
     model.set_attn_implementation("eager")

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
+from watching import tensor_sizes
 
 from helpers import InputError, ask, tiny_llama
 from helpers.attribution import embed_prompt, objective
@@ -366,17 +367,7 @@ def test_no_attention_map_is_formed():
     question = replace(
         ask(model, tokenizer, PROMPT), input_ids=torch.arange(2000)[None] % len(tokenizer)
     )
-    sizes = []
-
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            sizes.extend(
-                t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t)
-            )
-            return out
-
-    with Largest():
+    with tensor_sizes() as sizes:
         run(model, question)
     assert max(sizes) < 2000 * 2000
 

@@ -52,6 +52,13 @@ def objective(model, embeds, question):
     return logits[:, question.target] - logits[:, question.foil]
 
 
+def contrast(logits, question):
+    """The objective as it reads in logits [rows, vocab]: FloatTensor [rows]."""
+    if question.foil is None:
+        return logits[:, question.target]
+    return logits[:, question.target] - logits[:, question.foil]
+
+
 def objective_gradient(model, embeds, question):
     """The gradient of the objective with respect to ``embeds``, of the same shape.
 

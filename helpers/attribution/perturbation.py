@@ -4,7 +4,13 @@ import math
 
 import torch
 
-from helpers.attribution.engine import embed_prompt, in_batches, logits_after, prompt_cache
+from helpers.attribution.engine import (
+    contrast,
+    embed_prompt,
+    in_batches,
+    logits_after,
+    prompt_cache,
+)
 from helpers.attribution.path import baseline_embeds, completeness_gap
 from helpers.attribution.result import Attribution
 from helpers.errors import InputError
@@ -101,12 +107,9 @@ def replaced_values(model, question, replaced, baseline="mean"):
     ``replaced`` BoolTensor [variants, seq] is true where a token's embedding gives way to the
     baseline's. Returns ``(whole, values)``: the prompt's objective, and FloatTensor [variants].
     """
-
-    def contrast(logits):
-        logit = logits[:, question.target]
-        return logit if question.foil is None else logit - logits[:, question.foil]
-
-    return replaced_outputs(model, question, replaced, contrast, baseline)
+    return replaced_outputs(
+        model, question, replaced, lambda logits: contrast(logits, question), baseline
+    )
 
 
 def replaced_outputs(model, question, replaced, read, baseline="mean"):
