@@ -21,7 +21,9 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from helpers import InputError
-from helpers.reports import _page, _write_whole, find_notebook, plan, read_entries, write_index
+from helpers.reports import find_notebook, plan, read_entries, write_index
+from helpers.reports.files import write_whole
+from helpers.reports.run import _page
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -274,9 +276,9 @@ def test_out_that_cannot_be_written_is_one_message(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "index.html"
-    _write_whole(path, b"old")
+    write_whole(path, b"old")
     with pytest.raises(TypeError):
-        _write_whole(path, "text is not bytes")
+        write_whole(path, "text is not bytes")
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["index.html"]
 
 

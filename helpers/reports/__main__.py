@@ -1,0 +1,3 @@
+from helpers.reports.command import main
+
+main()
