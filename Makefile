@@ -16,7 +16,7 @@ help:
 	@echo "make test     every test, and nbval over every notebook"
 	@echo "make lab      JupyterLab on the notebooks"
 	@echo "make figures  every notebook's figures as PNG and SVG in outputs/figures"
-	@echo "make bench    speed and accuracy beside other libraries, about an hour; benchmarks/results.md"
+	@echo "make bench    speed and accuracy beside other libraries, an hour and a half; benchmarks/results.md"
 	@echo "make evidence which method to believe, over 204 prompts, half an hour; can be interrupted"
 	@echo "make lint     ruff and codespell"
 	@echo "make execute  run every notebook in place, as they are committed"
@@ -67,6 +67,10 @@ $(INSEQ)/ready: benchmarks/peers/inseq-requirements.txt
 
 # The first keeps the machine to itself for twenty minutes; the second can be interrupted.
 bench: model $(INSEQ)/ready
+	$(BIN)/python benchmarks/reports.py
+	$(BIN)/python benchmarks/reports.py --killed
+	$(BIN)/python benchmarks/scores.py
+	$(BIN)/python benchmarks/gallery.py
 	$(BIN)/python benchmarks/attribution.py --inseq $(INSEQ)/bin/python
 	$(BIN)/python benchmarks/integrated_gradients.py
 

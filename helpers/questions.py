@@ -77,16 +77,21 @@ def check_question(tokenizer, prompt, *, target=None, foil=None, chat=False, con
     ``context`` is the most tokens the model can read. A ``target`` of ``None`` stays ``None``.
     """
     if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError("The prompt is empty: write at least one word.")
+        raise InputError("The prompt is empty: write at least one word.", field="prompt")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise InputError("The prompt has half of a surrogate pair in it: save it as UTF-8 again.")
+        raise InputError(
+            "The prompt has half of a surrogate pair in it: save it as UTF-8 again.", field="prompt"
+        )
     input_ids = encode(tokenizer, prompt, chat=chat)
     if not input_ids:
-        raise InputError(f"The prompt {prompt!r} has no token this model knows: use other text.")
+        raise InputError(
+            f"The prompt {prompt!r} has no token this model knows: use other text.", field="prompt"
+        )
     if context is not None and len(input_ids) > context:
         raise InputError(
             f"The prompt is {len(input_ids):,} tokens long and the model reads at most "
-            f"{context:,}: shorten it."
+            f"{context:,}: shorten it.",
+            field="prompt",
         )
     target = _one_token(tokenizer, target, "target")
     foil = _one_token(tokenizer, foil, "foil")
@@ -105,7 +110,8 @@ def encode(tokenizer, prompt, *, chat=False):
     if tokenizer.chat_template is None:
         raise InputError(
             "This model has no chat template, so chat=True cannot be used: ask the raw prompt, or "
-            "take an instruct model."
+            "take an instruct model.",
+            field="chat",
         )
     messages = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -160,18 +166,20 @@ def _one_token(tokenizer, text, role):
     if isinstance(text, int) and not isinstance(text, bool):
         if not 0 <= text < len(tokenizer):
             raise InputError(
-                f"The {role} {text} is not a token id: it must be from 0 to {len(tokenizer) - 1}."
+                f"The {role} {text} is not a token id: it must be from 0 to {len(tokenizer) - 1}.",
+                field=role,
             )
         return text
     if not isinstance(text, str) or not text:
-        raise InputError(f"The {role} must be the text of one token, such as ' Rig'.")
+        raise InputError(f"The {role} must be the text of one token, such as ' Rig'.", field=role)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) == 1:
         return ids[0]
     pieces = token_labels(tokenizer, ids)
     raise InputError(
         f"The {role} {text!r} is {len(ids)} tokens, {pieces}, and one is needed: use its first, "
-        f"{pieces[0]!r}."
+        f"{pieces[0]!r}.",
+        field=role,
     )
 
 
@@ -179,5 +187,6 @@ def _refuse_same(tokenizer, target, foil):
     if target == foil:
         raise InputError(
             f"The foil {tokenizer.decode([foil])!r} is the target itself, so there is nothing to "
-            "compare: choose another foil."
+            "compare: choose another foil.",
+            field="foil",
         )

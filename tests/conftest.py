@@ -1,8 +1,8 @@
 """Fixtures that several test modules share."""
 
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -39,25 +39,65 @@ def hostile():
     return "<script>document.title='taken'</script> \"'{x} NA $a$ \\n\n你好 مرحبا 🙂 ../../etc"
 
 
+QUICK = """
+from pathlib import Path
+import pandas as pd
+from helpers import ask, attribute, load_model
+prompt: str = "The keys to"
+model_name: str = "SmolLM2-135M-Instruct"
+methods: list = []
+output_dir: str = "."
+---
+model, tokenizer = load_model(model_name)
+question = ask(model, tokenizer, prompt)
+scores = attribute(model, question, "relevance").scores
+---
+table = {"prompt": prompt, "position": range(len(scores)), "token": question.labels}
+table |= {"method": "relevance", "score": scores.tolist()}
+pd.DataFrame(table).to_csv(Path(output_dir) / "scores.csv", index=False)
+"""
+
+
+@pytest.fixture(scope="session")
+def quick_notebook(tmp_path_factory):
+    """A notebook that takes what 08_comparison takes and is done in no time, for many runs of it.
+
+    ``quick_notebook(*cells)`` gives the path of one with more cells at its end.
+    """
+
+    def write(*cells):
+        spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        notebook = nbformat.v4.new_notebook(metadata={"kernelspec": spec})
+        sources = [*QUICK.strip().split("---\n"), *cells]
+        notebook.cells = [nbformat.v4.new_code_cell(source) for source in sources]
+        notebook.cells[0].metadata["tags"] = ["parameters"]
+        path = tmp_path_factory.mktemp("notebooks") / "quick.ipynb"
+        nbformat.write(notebook, path)
+        return path
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def reports(tiny_folder, hostile, tmp_path_factory):
-    """``(folder, finished process)``: a real run of three prompts, of which one fails.
-
-    The comparison runs on the toy model; the failing prompt has a notebook of its own.
-    """
+    """``(folder, finished process)``: a real run of three prompts, of which one fails."""
     work = tmp_path_factory.mktemp("reports")
-    broken = nbformat.read(find_notebook("08_comparison"), as_version=4)
-    broken.cells = [cell for cell in broken.cells if "parameters" in cell.metadata.get("tags", [])]
-    broken.cells.append(nbformat.v4.new_code_cell("1 / 0"))
-    nbformat.write(broken, work / "broken.ipynb")
+    notebook = nbformat.read(find_notebook("08_comparison"), as_version=4)
+    parameters = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    place = notebook.cells.index(parameters)
+    fails = nbformat.v4.new_code_cell("if prompt == 'This fails': 1 / 0")
+    notebook.cells.insert(place + 1, fails)
+    nbformat.write(notebook, work / "08_comparison.ipynb")
     prompts = [
         {"id": "plain", "prompt": "The keys to"},
-        {"id": "fails", "prompt": "The keys to", "notebook": str(work / "broken.ipynb")},
+        {"id": "fails", "prompt": "This fails"},
         {"id": "hostile", "prompt": hostile},
     ]
     (work / "prompts.yml").write_text(yaml.safe_dump(prompts), encoding="utf-8")
     command = [sys.executable, "-m", "helpers.reports", work / "prompts.yml", "--out", work / "out"]
+    command += ["--model", tiny_folder, "--notebook", work / "08_comparison.ipynb"]
+    secret = {"SOME_SERVICE_TOKEN": "hf_abcdefghijklmnop"}
     done = subprocess.run(
-        [*map(str, command), "--model", str(tiny_folder)], capture_output=True, text=True
+        [*map(str, command)], capture_output=True, text=True, env=os.environ | secret
     )
-    return Path(work / "out"), done
+    return work / "out", done

@@ -1,7 +1,8 @@
 """Every notebook runs under papermill with prompts and models it was not written for.
 
-What its cells assert must hold for any of them. All five prompts with the bundled model take half
-an hour, so each notebook gets one of them here and the others with ``EVERY_PROMPT=1``.
+What its cells assert must hold for any of them. They run in the warm engine, as reports do. All
+five prompts with the bundled model take half an hour, so each notebook gets one of them here and
+the others with ``EVERY_PROMPT=1``.
 """
 
 import os
@@ -36,6 +37,7 @@ def run(name, folder, **parameters):
         str(NOTEBOOKS / f"{name}.ipynb"),
         str(folder / "out.ipynb"),
         parameters={**parameters, "output_dir": "."},
+        engine_name="warm",
         kernel_name="python3",
         cwd=str(folder),
         progress_bar=False,
@@ -64,13 +66,18 @@ def test_runs_on_an_unlike_prompt(name, prompt, tmp_path):
     assert figures and all(figure.with_suffix(".svg").exists() for figure in figures)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("name", NAMES)
-def test_runs_on_another_shape_of_llama(name, shape, tmp_path):
-    folder = tmp_path / "tiny-llama"
-    for part in tiny_llama(**shape):
+@pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES)
+def other_llama(request, tmp_path_factory):
+    """The folder of a toy model of another shape, and a prompt for it."""
+    folder = tmp_path_factory.mktemp("shapes") / "tiny-llama"
+    for part in tiny_llama(**request.param):
         part.save_pretrained(folder)
-    prompt = "A" if "rope_parameters" in shape else "The keys to the cabinet"
+    return folder, "A" if "rope_parameters" in request.param else "The keys to the cabinet"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_on_another_shape_of_llama(name, other_llama, tmp_path):
+    folder, prompt = other_llama
     assert not stderr_of(run(name, tmp_path, prompt=prompt, model_name=str(folder)))
 
 

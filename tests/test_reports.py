@@ -23,7 +23,7 @@ from papermill.parameterize import parameterize_notebook
 from helpers import InputError
 from helpers.reports import find_notebook, plan, read_entries, write_index
 from helpers.reports.files import write_whole
-from helpers.reports.run import _page
+from helpers.reports.pages import report_page
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -156,7 +156,7 @@ def test_a_page_shows_any_prompt_as_text(prompt):
         "x", outputs=[nbformat.v4.new_output("stream", text=prompt)], execution_count=1
     )
     facts = {"prompt": f"<script>{prompt}</script>", "error": None}
-    page = _page(nbformat.v4.new_notebook(cells=[printed]), facts)
+    page = report_page(nbformat.v4.new_notebook(cells=[printed]), facts)
     seen = _Text()
     seen.feed(page)
     assert seen.text == facts["prompt"] and "script" not in seen.elements

@@ -107,24 +107,43 @@ def answer_only(model, question):
 
     A logit is the last hidden state times one row of the output layer. All the vocabulary's rows,
     and the zeros that a backward pass sends through them, are a large part of the time on a short
-    prompt. And after the last layer's attention only the last position goes on to the answer: its
-    output projection and feed-forward are computed there alone, and what they return is added to
-    the residual stream of every position, of which only the last one is read.
+    prompt; see ``output_layer`` for what else is left out.
 
     Gives the question as the smaller model sees it: its target is logit 0, its foil logit 1. A
     model whose output layer is not a plain matrix, or lies outside of memory, is left as it is.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if type(head) is not nn.Linear or not head.weight.is_floating_point() or head.weight.is_meta:
+    head = plain_output_layer(model)
+    if head is None:
         yield question
         return
     token_ids = [question.target] + ([] if question.foil is None else [question.foil])
+    with output_layer(model, AnswerHead(head, token_ids)):
+        yield replace(question, target=0, foil=None if question.foil is None else 1)
+
+
+def plain_output_layer(model):
+    """The output layer of ``model`` if it is a plain matrix in memory, else ``None``."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if type(head) is not nn.Linear or not head.weight.is_floating_point() or head.weight.is_meta:
+        return None
+    return head
+
+
+@contextlib.contextmanager
+def output_layer(model, layer):
+    """Let ``layer`` be the model's output layer while inside, of which the last position is read.
+
+    After the last layer's attention only the last position goes on to the answer: its output
+    projection and feed-forward are computed there alone, and what they return is added to the
+    residual stream of every position, of which only the last one is read.
+    """
+    head = model.get_output_embeddings()
     hooks = []
     try:
         for module in _pointwise_after_last_attention(model):
             hooks.append(module.register_forward_pre_hook(lambda m, args: (args[0][:, -1:],)))
-        model.set_output_embeddings(AnswerHead(head, token_ids))
-        yield replace(question, target=0, foil=None if question.foil is None else 1)
+        model.set_output_embeddings(layer)
+        yield
     finally:
         model.set_output_embeddings(head)
         for hook in hooks:
@@ -318,7 +337,7 @@ def _unless_out_of_memory(run, some):
 
 
 def prompt_cache(model, embeds):
-    """The logits [1, vocab] after the prompt ``embeds`` [1, seq, dim], and its keys and values.
+    """The logits [rows, vocab] after prompts ``embeds`` [rows, seq, dim], their keys and values.
 
     The second is ``None`` for a model that keeps no keys and values, or forgets some.
     """
@@ -332,14 +351,15 @@ def logits_after(model, embeds, first, cache):
     """The logits [rows, vocab] of rows that equal the cached prompt up to position ``first``.
 
     ``embeds`` [rows, seq - first, dim] is what comes from there on. In a causal model no position
-    sees a later one, so the keys and values of the others are those in ``cache``.
+    sees a later one, so the keys and values of the others are those in ``cache``; where it holds
+    several prompts, the rows are those prompts in order, as often as wanted.
     """
     if first == 0:
         return model(inputs_embeds=embeds, use_cache=False, logits_to_keep=1).logits[:, -1].float()
     past = DynamicCache()
     for index, layer in enumerate(cache.layers):
         keys, values = (
-            kept[:, :, :first].expand(len(embeds), -1, -1, -1)
+            kept[:, :, :first].expand(len(embeds) // len(kept), -1, -1, -1, -1).flatten(0, 1)
             for kept in (layer.keys, layer.values)
         )
         past.update(keys, values, index)

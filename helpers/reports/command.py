@@ -1,18 +1,33 @@
 """The command line: ``python -m helpers.reports``."""
 
+import errno
+import os
+import signal
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import typer
 from tqdm import tqdm
 
 from helpers.attribution import METHODS
 from helpers.errors import InputError
 from helpers.models import BUNDLED
+from helpers.reports.estimate import estimate
+from helpers.reports.files import only_writer
 from helpers.reports.gallery import write_index
-from helpers.reports.jobs import DEFAULT_NOTEBOOK, plan
+from helpers.reports.jobs import DEFAULT_NOTEBOOK, finished, plan
 from helpers.reports.prompts import check_method
-from helpers.reports.run import run_report
+from helpers.reports.run import keep_failure, report_source, run_report
+from helpers.reports.scores import (
+    DEFAULT_METHODS,
+    chunks,
+    discard_unfinished,
+    finished_ids,
+    score_part,
+)
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -20,7 +35,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main_command(
-    prompts: Annotated[Path, typer.Argument(help="YAML list of prompts.", metavar="PROMPTS")],
+    prompts: Annotated[
+        Path, typer.Argument(help="Prompts: .yml, .csv, .jsonl or .parquet.", metavar="PROMPTS")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the reports.")] = Path("outputs/reports"),
     model: Annotated[str, typer.Option(help="Bundled, hub or folder model.")] = BUNDLED,
     notebook: Annotated[
@@ -30,52 +47,193 @@ def main_command(
         list[str] | None, typer.Option(help=f"Only this method (repeatable): {', '.join(METHODS)}.")
     ] = None,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "float32",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes of a Dask cluster here; 0: as many as fit."),
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="A running Dask scheduler, such as tcp://10.0.0.1:8786.")
+    ] = None,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Threads a report; last digits depend on it.")
+    ] = 1,
+    scores_only: Annotated[
+        bool, typer.Option("--scores-only", help="No notebooks: batches, and Parquet in OUT.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run, and what it takes.")
+    ] = False,
 ):
-    """Execute a notebook over every prompt of a file: one report each, and an index of them all.
+    """Execute a notebook over every prompt of a file: one report each, and a gallery of them all.
 
     An entry of PROMPTS is a text, or a mapping with "prompt" and, as wanted, "id", "target",
     "foil", "chat", "evidence" (a word that must matter), "methods" and "notebook". The whole
-    file is checked before anything runs. A report that fails is kept and listed, the others go on,
-    and the exit status is 1.
+    file is checked before anything runs. What an earlier run has finished is not run again, so a
+    run that was stopped goes on where it was. A report that fails is kept and listed, the others
+    go on, and the exit status is 1. With --scores-only no report is written: scores and evidence
+    go to Parquet files, as docs/scores.md describes.
     """
+    signal.signal(signal.SIGTERM, _as_ctrl_c)  # what batch systems and containers send first
     try:
         if dtype not in DTYPES:
             raise InputError(f"dtype {dtype!r} is unknown: use {', '.join(DTYPES)}.")
+        if workers is not None and scheduler is not None:
+            raise InputError("--workers starts a cluster and --scheduler joins one: give one.")
         for name in method or []:
             check_method(name)
-        jobs = plan(prompts, model=model, notebook=notebook, methods=method or (), dtype=dtype)
-        failed = _run_all(jobs, out, model)
+        options = {"model": model, "notebook": notebook, "methods": method or (), "dtype": dtype}
+        jobs = plan(prompts, out=out, folders=not scores_only, **options)
+        scored = finished_ids(out) if scores_only else set()
+        done = (lambda job: job.identity in scored) if scores_only else None
+        planned = partial(estimate, jobs, out, threads=threads, scores_only=scores_only, done=done)
+        if workers == 0:
+            fit = int(0.8 * psutil.virtual_memory().available / max(1, planned(workers=1).memory))
+            workers = max(1, min(len(os.sched_getaffinity(0)) // threads, fit, len(jobs)))
+        if dry_run:
+            typer.echo(planned(workers=workers or 1).text)
+            return
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for the kernels, and a cluster of our own
+        run = _score_all if scores_only else _report_all
+        with only_writer(out):
+            failed = run(jobs, out, model, dtype, method, (workers, scheduler), threads)
     except InputError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
     except OSError as error:
-        typer.echo(f"Error: {error.strerror or error}: {error.filename or out}", err=True)
+        typer.echo(f"Error: {_told(error, out)}", err=True)
         raise typer.Exit(2) from None
     if failed:
         raise typer.Exit(1)
 
 
-def _run_all(jobs, out, model):
-    """Run every job, print what came of it, and return how many failed."""
-    done, interrupted = [], False
+def _as_ctrl_c(signum, frame):
+    raise KeyboardInterrupt
+
+
+def _told(error, out):
+    """A system's error as one sentence."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"The disk is full: {out}. What was finished is kept: make room, and run the same "
+            "command again."
+        )
+    return f"{error.strerror or error}: {error.filename or out}"
+
+
+def _report_all(jobs, out, model, dtype, methods, cluster, threads):
+    """Run every job that is not finished, print what came of it, and return how many failed."""
+    left = sum(not finished(job, out) for job in jobs)
+    tasks = ((job, report_source(job.notebook)) for job in jobs if not finished(job, out))
+    function = partial(_report, out=out.resolve(), model=model, threads=threads)
+    done, failed, interrupted = 0, [], False
     try:
-        with tqdm(jobs, unit="report", disable=None) as bar:
-            for job in bar:
+        with (
+            closing(_results(function, tasks, out, cluster)) as results,
+            tqdm(total=left, unit="report", disable=None) as bar,
+        ):
+            for (job, _), facts, error in results:
+                if error is not None:
+                    facts = keep_failure(job, out, model, _why(error))
+                done += 1
+                failed += [facts] if facts["error"] else []
                 bar.set_postfix_str(job.slug[:40])
-                done.append(run_report(job, out, model))
+                bar.update()
     except KeyboardInterrupt:
         interrupted = True
-    failed = [facts for facts in done if facts["error"]]
     for facts in failed:
         typer.echo(f"failed: {facts['slug']}: {facts['error'].splitlines()[0]}", err=True)
-    if done:
-        index = write_index(out)
-        typer.echo(f"{len(done) - len(failed)} of {len(jobs)} reports done, {len(failed)} failed.")
+    before = len(jobs) - left
+    index = write_index(out) if done or before else None
+    _sum_up("reports", done - len(failed), left, len(failed), before)
+    if index:
         typer.echo(f"Open {index.resolve()}")
     if interrupted:
-        typer.echo("Stopped; the reports that were finished are kept.", err=True)
-        raise typer.Exit(130)
+        _stopped()
     return len(failed)
+
+
+def _report(task, out, model, threads):
+    """One report, in whatever process this is."""
+    job, source = task
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # a worker that others started has its own
+    return run_report(job, out, model, source=source)
+
+
+def _score_all(jobs, out, model, dtype, methods, cluster, threads):
+    """Attribute every prompt that is not in the tables of ``out``; returns how many failed."""
+    discard_unfinished(out)
+    known = finished_ids(out)
+    before = sum(job.identity in known for job in jobs)
+    options = {"model": model, "dtype": dtype, "threads": threads}
+    options["methods"] = tuple(methods or DEFAULT_METHODS)
+    function = partial(score_part, out=out.resolve(), **options)
+    parts, done, failed, interrupted = chunks(jobs, done=known), 0, 0, False
+    try:
+        with tqdm(total=len(jobs) - before, unit="prompt", disable=None) as bar:
+            while parts:
+                halves = []
+                with closing(_results(function, parts, out, cluster)) as results:
+                    for part, facts, error in results:
+                        if error is None:
+                            done += facts["prompts"]
+                            failed += facts["failed"]
+                        elif len(part) > 1:  # until the prompt that kills its worker is alone
+                            half = len(part) // 2
+                            halves += [part[:half], part[half:]]
+                            continue
+                        else:
+                            done, failed = done + 1, failed + 1
+                            typer.echo(f"failed: {part[0].prompt[:60]!r}: {_why(error)}", err=True)
+                        bar.update(len(part))
+                parts = halves
+    except KeyboardInterrupt:
+        interrupted = True
+    _sum_up("prompts", done - failed, len(jobs) - before, failed, before)
+    if failed:
+        typer.echo(f"Their errors are in the column error of {out / 'prompts'}.", err=True)
+    if interrupted:
+        _stopped()
+    return failed
+
+
+def _results(function, tasks, out, cluster):
+    """``(task, result, error)`` of every task: here, or on a cluster.
+
+    An error that is no task's own, such as a full disk, is raised.
+    """
+    workers, scheduler = cluster
+    if scheduler is None and (workers or 1) == 1:
+        for task in tasks:
+            yield task, function(task), None
+        return
+    from helpers.reports.cluster import run_on_cluster  # takes a second to import
+
+    some = run_on_cluster(function, tasks, out, workers=workers, scheduler=scheduler)
+    with closing(some) as results:
+        for task, result, error in results:
+            if isinstance(error, (InputError, OSError)):
+                raise error
+            yield task, result, error
+
+
+def _sum_up(things, done, left, failed, before):
+    earlier = f", {before:,} finished before" if before else ""
+    typer.echo(f"{done:,} of {left:,} {things} done, {failed:,} failed{earlier}.")
+
+
+def _stopped():
+    typer.echo("Stopped. What was finished is kept, and the same command goes on.", err=True)
+    raise typer.Exit(130)
+
+
+def _why(error):
+    """What to say of a report that could not even fail by itself."""
+    if type(error).__name__ == "KilledWorker":
+        return (
+            "Every worker that ran this prompt died, most often for lack of memory: try a shorter "
+            "prompt, or fewer workers."
+        )
+    return f"{type(error).__name__}: {error}"
 
 
 def main():

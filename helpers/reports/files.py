@@ -1,14 +1,22 @@
 """Files and folders that are whole or absent, whenever a reader looks or a process dies."""
 
+import contextlib
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from helpers.errors import InputError
+
+UNFINISHED = ".making-"  # how the names of folders begin that are not whole yet
+REPLACED = ".old-"
+
 
 def move_into_place(folder, final):
     """Replace ``final`` by the finished ``folder``; the old one goes only once the new is there."""
-    old = final.with_name(f".old-{final.name}")
+    old = final.with_name(f"{REPLACED}{final.name}")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
@@ -29,3 +37,31 @@ def write_whole(path, content):
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def only_writer(out):
+    """Keep ``out`` to one run at a time, and clear away what was left unfinished there.
+
+    Raises ``InputError`` if another run is writing there. The lock is the system's, so it ends
+    with the process that holds it, however that comes about.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"Another run is writing to {out}: wait for it, or choose another --out."
+        ) from None
+    try:
+        _clear(out)  # what a run left that was killed
+        yield
+        _clear(out)  # and what its workers left that died
+    finally:
+        lock.release()
+
+
+def _clear(out):
+    for leftover in [*out.glob(f"{UNFINISHED}*"), *out.glob(f"{REPLACED}*")]:
+        shutil.rmtree(leftover, ignore_errors=True)

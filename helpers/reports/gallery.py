@@ -1,81 +1,453 @@
-"""The pages over all reports of a folder, and their scores in one table."""
+"""The pages over all reports of a folder, and their scores in one table.
 
+``index.html`` lists the reports, ``comparison.html`` compares the methods over all their prompts.
+Whatever a report folder holds is read as untrusted text: what cannot be read is left out.
+"""
+
+import io
 import json
+import math
+import os
+import tempfile
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
+from statistics import mode
+from urllib.parse import quote
 
-import jinja2
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from PIL import Image
 
+from helpers.faithfulness import bootstrap_interval
+from helpers.plots import readable, save_figure
 from helpers.reports.files import write_whole
+from helpers.reports.pages import THUMBNAIL, overview_page, shown, thumbnail
 
-TEMPLATES = Path(__file__).resolve().parent / "templates"
+CONTROL = "random"  # the method that knows nothing
+EVIDENCE = {
+    "method": pa.string(),
+    "strongest token": pa.string(),
+    "closed": pa.string(),
+    **dict.fromkeys(["gap", "beats_random", "evidence_rank", "faithfulness"], pa.float64()),
+    **dict.fromkeys(["seconds", "evaluations", "forwards"], pa.float64()),
+}
+SCORES = {
+    "prompt": pa.string(),
+    "position": pa.int64(),
+    "token": pa.string(),
+    "method": pa.string(),
+    "score": pa.float64(),
+}
+LONGEST = 2000  # characters of a prompt or an error in the gallery; the report has all of them
+FEWEST = 5  # prompts for an interval: resampling fewer says too little about others
+
+
+@dataclass(frozen=True)
+class Report:
+    """One report folder, read. ``evidence`` and ``scores`` are None where there are none."""
+
+    folder: Path
+    prompt: str
+    error: str | None
+    notebook: str
+    model: str
+    seconds: float | None
+    provenance: dict
+    evidence: pa.Table | None
+    scores: pa.Table | None
+
+    @property
+    def slug(self):
+        """The folder's name, whatever ``report.json`` says: it is what a link has to reach."""
+        return self.folder.name.encode("utf-8", "replace").decode()
+
+    @property
+    def weights(self):
+        """``(dtype, digest)`` of the model, two empty texts where the report does not say."""
+        known = self.provenance
+        return (str(known.get("dtype") or ""), str(known.get("weights_sha256") or "")[:12])
 
 
 def write_index(out):
-    """Write ``index.html`` and ``scores.parquet`` over every report folder in ``out``."""
+    """Write ``index.html``, ``comparison.html`` and ``scores.parquet`` over the reports in ``out``.
+
+    Each file is whole or absent, at any moment. A thumbnail that a report lacks is made. Folders
+    whose ``report.json`` cannot be read are left out and counted on the page. Returns the path of
+    ``index.html``.
+    """
     out = Path(out)
-    reports, scores = [], []
-    for file in sorted(out.glob("*/report.json")):
-        facts = json.loads(file.read_text(encoding="utf-8"))
-        folder = file.parent
-        figures = {figure.name for figure in folder.glob("figures/*.png")}
-        preferred = [f for f in ("matrix_signed.png", *sorted(figures)) if f in figures]
-        reports.append(
-            {
-                **facts,
-                **_read_json(folder / "provenance.json", ("target", "foil")),
-                "evidence": _read_evidence(folder / "evidence.csv"),
-                "figure": preferred[0] if preferred else None,
-            }
-        )
-        if (folder / "scores.csv").exists():
-            table = _read_table(folder / "scores.csv")
-            scores.append(table.assign(slug=facts["slug"]))
-    if scores:
-        write_whole(out / "scores.parquet", pd.concat(scores, ignore_index=True).to_parquet())
-    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
-    templates.filters["repr"] = repr  # a token in quotes, so that a space or line break is seen
-    page = templates.get_template("index.html.j2").render(
-        reports=sorted(reports, key=lambda report: (report["error"] is None, report["slug"])),
-        failed=sum(report["error"] is not None for report in reports),
-        scores=bool(scores),
-        style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
+    reports, unreadable = read_reports(out)
+    scores = _together(reports, "scores")
+    if scores is not None:
+        file = io.BytesIO()
+        pyarrow.parquet.write_table(scores, file)
+        write_whole(out / "scores.parquet", file.getvalue())
+    else:
+        (out / "scores.parquet").unlink(missing_ok=True)
+    sections = compare(reports)
+    _draw_gaps(out, sections)
+    page = overview_page("comparison.html.j2", sections=sections, **_counts(reports))
+    write_whole(out / "comparison.html", page)
+    rows = [_row(report) for report in reports]
+    page = overview_page(
+        "index.html.j2",
+        reports=sorted(rows, key=lambda row: (row["state"] != "failed", row["slug"])),
+        methods=sorted({line["method"] for row in rows for line in row["evidence"]}),
+        probabilities=any(row["probability"] is not None for row in rows),
+        unreadable=unreadable,
+        scores=scores is not None,
+        **_counts(reports),
     )
-    write_whole(out / "index.html", page.encode("utf-8"))
+    write_whole(out / "index.html", page)
     return out / "index.html"
 
 
-def _read_table(path):
-    """A CSV as it was written: a token that reads ``NA`` is text, not a missing number."""
-    numbers = ("gap", "sum of scores", "beats_random", "evidence_rank")
-    return pd.read_csv(path, keep_default_na=False, na_values={name: [""] for name in numbers})
+def _counts(reports):
+    return {"total": len(reports), "failed": sum(r.error is not None for r in reports)}
+
+
+# --- reading report folders --------------------------------------------------------------------
+
+
+def read_reports(out):
+    """The report folders in ``out``, by name, and how many have a ``report.json`` but no report.
+
+    A folder being written has a name with a dot and is no report yet.
+    """
+    reports, unreadable = [], 0
+    for file in sorted(Path(out).glob("[!.]*/report.json")):
+        facts, folder = _read_json(file), file.parent
+        prompt, error = facts.get("prompt"), facts.get("error")
+        if not isinstance(prompt, str):
+            unreadable += 1
+            continue
+        reports.append(
+            Report(
+                folder=folder,
+                prompt=prompt,
+                error=None if error is None else str(error),
+                notebook=str(facts.get("notebook") or ""),
+                model=str(facts.get("model") or ""),
+                seconds=_finite(facts.get("seconds")),
+                provenance=_read_json(folder / "provenance.json"),
+                evidence=None if error else _read_evidence(folder / "evidence.csv"),
+                scores=None if error else _read_scores(folder / "scores.csv"),
+            )
+        )
+    return reports, unreadable
+
+
+def _read_json(path):
+    """The mapping in a JSON file, or an empty one."""
+    try:
+        known = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _read_csv(path, columns, needed):
+    """These columns of a CSV as a table, or None if that cannot be; ``NA`` is a text.
+
+    A column that is not ``needed`` may be missing, and a number may be empty: both are null.
+    """
+    try:
+        table = pyarrow.csv.read_csv(
+            path,
+            read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=2**26),
+            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+            convert_options=pyarrow.csv.ConvertOptions(
+                column_types=columns,
+                include_columns=list(columns),
+                include_missing_columns=True,
+                strings_can_be_null=False,
+            ),
+        )
+    except (OSError, ValueError, KeyError):  # what pyarrow raises is one of these
+        return None
+    return None if any(table[name].null_count for name in needed) else table
 
 
 def _read_evidence(path):
-    if not path.exists():
-        return []
-    rows = _read_table(path).to_dict("records")
+    return _read_csv(path, EVIDENCE, ["method", "strongest token", "closed"])
+
+
+def _read_scores(path):
+    return _read_csv(path, SCORES, SCORES)
+
+
+def _together(reports, kind):
+    """The ``"scores"`` or ``"evidence"`` of reports as one table with their slugs, None without."""
+    tables = [(r.slug, getattr(r, kind)) for r in reports if getattr(r, kind) is not None]
+    if not tables:
+        return None
+    return pa.concat_tables(t.append_column("slug", pa.repeat(slug, len(t))) for slug, t in tables)
+
+
+# --- the gallery -------------------------------------------------------------------------------
+
+
+def _row(report):
+    """What the gallery shows of one report: plain values, nothing escaped yet."""
+    known = report.provenance
+    lines = [] if report.evidence is None else _lines(report.evidence, known.get("tokens"))
+    unclosed = sum(line["closed"] == "NO" for line in lines)
+    state = "failed" if report.error is not None else "not closed" if unclosed else "done"
+    return {
+        "slug": report.slug,
+        "href": quote(os.fsencode(report.folder.name), safe=""),
+        "prompt": _shortened(report.prompt),
+        "error": _shortened(report.error or ""),
+        "state": state,
+        "unclosed": unclosed,
+        "target": _text(known.get("target")),
+        "foil": _text(known.get("foil")),
+        "probability": _share(known.get("target_probability")),
+        "notebook": report.notebook,
+        "model": report.model,
+        "seconds": report.seconds,
+        "picture": _picture(report.folder),
+        "evidence": lines,
+    }
+
+
+def _lines(evidence, tokens):
+    """One line a method, the control left out: what it found, and what that is worth."""
     return [
         {
             "method": row["method"],
-            "token": str(row["strongest token"]),
-            "gap": _number(row["gap"]),
+            "token": row["strongest token"],
+            "beats": _share(row["beats_random"]),
+            "gap": _finite(row["gap"]),
             "closed": row["closed"],
-            "beats_random": _number(row.get("beats_random")),
-            "rank": _number(row.get("evidence_rank")),
-            "seconds": _number(row.get("seconds")),
+            "place": _finite(row["evidence_rank"]),
+            "tokens": tokens if isinstance(tokens, int) else None,
+            "seconds": _finite(row["seconds"]),
         }
-        for row in rows
-        if row["method"] != "random"
+        for row in evidence.to_pylist()
+        if row["method"] != CONTROL
     ]
 
 
-def _number(value):
-    return None if pd.isna(value) else float(value)
+def _picture(folder):
+    """The thumbnail of a report with its size in pixels, made if it is missing; None without."""
+    path = folder / "figures" / THUMBNAIL
+    try:
+        if not path.exists() and thumbnail(folder) is None:
+            return None
+        with Image.open(path, formats=["PNG"]) as picture:
+            return {"width": picture.width, "height": picture.height, "name": THUMBNAIL}
+    except (OSError, SyntaxError, ValueError):
+        return None
 
 
-def _read_json(path, keys):
-    if not path.exists():
-        return {}
-    known = json.loads(path.read_text(encoding="utf-8"))
-    return {key: known.get(key) for key in keys}
+def _shortened(text):
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[:LONGEST]}… ({len(text) - LONGEST:,} more characters in the report)"
+
+
+def _text(value):
+    return value if isinstance(value, str) else None
+
+
+def _finite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def _share(value):
+    value = _finite(value)
+    return value if value is not None and 0 <= value <= 1 else None
+
+
+# --- the comparison ----------------------------------------------------------------------------
+
+
+def compare(reports):
+    """The methods side by side, one section a model: a list of dicts for the comparison page.
+
+    Reports of different models, weights or dtypes are never averaged. Reports that ask about the
+    same prompt are not independent: they count as one, with the mean of their values. ``mean`` of a
+    measure is over prompts, ``low`` and ``high`` its 95 % bootstrap interval, None for fewer than
+    five prompts.
+    """
+    models = {}
+    for report in reports:
+        models.setdefault(report.model, {}).setdefault(report.weights, []).append(report)
+    sections = []
+    for model, groups in sorted(models.items()):
+        # a report that failed says no more than the name of its model
+        unknown = groups.pop(("", ""), []) if len(groups) > 1 else []
+        for weights, group in sorted(groups.items()):
+            sections.append(_section(model, weights if len(groups) > 1 else None, group + unknown))
+            unknown = []
+    return sections
+
+
+def _section(model, weights, group):
+    usable = [r for r in group if r.evidence is not None or r.scores is not None]
+    prompts = {r.slug: shown(r.prompt) for r in usable}  # a table holds no half of a pair
+    evidence, scores = (_together(usable, kind) for kind in ("evidence", "scores"))
+    rows, gaps, pairs = [], {}, {}
+    if evidence is not None:
+        frame = evidence.to_pandas().replace([np.inf, -np.inf], np.nan)
+        frame["prompt"] = frame["slug"].map(prompts)
+        rows, gaps = _method_rows(frame), _gaps(frame)
+    if scores is not None:
+        frame = scores.to_pandas()
+        pairs = agreement(frame.assign(prompt=frame["slug"].map(prompts)))
+    names = [row["method"] for row in rows]  # in this order, then those that have scores alone
+    names = [*names, *sorted({name for pair in pairs for name in pair} - {*names})]
+    names = [name for name in names if any(name in pair for pair in pairs)]
+    return {
+        "model": model,
+        "detail": "{}, weights {}".format(*weights) if weights else "",
+        "reports": len(usable),
+        "prompts": len({*prompts.values()}),
+        "failed": sum(r.error is not None for r in group),
+        "without": sum(r.error is None for r in group) - len(usable),
+        "methods": rows,
+        "agreement": pairs,
+        "rows": names[1:],
+        "columns": names[:-1],  # of the lower triangle
+        "usual": mode(pair["prompts"] for pair in pairs.values()) if pairs else 0,
+        "gaps": gaps,
+        "figure": None,
+    }
+
+
+def _mean(values, prompts):
+    """Mean over prompts and its interval; ``values`` may have several a prompt, or be missing."""
+    each = values.groupby(prompts).mean().dropna()
+    if each.empty:
+        return None
+    if len(each) < FEWEST:
+        return {"mean": float(each.mean()), "low": None, "high": None, "prompts": len(each)}
+    resamples = max(200, min(2000, 4_000_000 // len(each)))  # what fits in memory
+    mean, low, high = bootstrap_interval(each, resamples)
+    return {"mean": mean, "low": low, "high": high, "prompts": len(each)}
+
+
+def _method_rows(evidence):
+    """A row a method, the best-borne-out first and the control last."""
+    rows = []
+    for method, found in evidence.groupby("method"):
+        places = found["evidence_rank"].dropna()
+        closed = found["closed"][found["closed"].isin(["yes", "NO"])]
+        rows.append(
+            {
+                "method": method,
+                "prompts": found["prompt"].nunique(),
+                "beats": _mean(found["beats_random"], found["prompt"]),
+                "faithfulness": _mean(found["faithfulness"], found["prompt"]),
+                "place": _finite(places.median()),
+                "first": int((places == 1).sum()),
+                "places": len(places),
+                "gap": _finite(found["gap"].median()),
+                "closed": int((closed == "yes").sum()),
+                "promised": len(closed),
+                "seconds": _finite(found["seconds"].median()),
+                "gradients": _finite(found["evaluations"].median()),
+                "forwards": _finite(found["forwards"].median()),
+            }
+        )
+    best = {row["method"]: row["beats"]["mean"] if row["beats"] else -1 for row in rows}
+    return sorted(rows, key=lambda row: (row["method"] == CONTROL, -best[row["method"]]))
+
+
+def agreement(scores):
+    """How alike two methods order the tokens, over prompts: ``{(method, method): measure}``.
+
+    ``scores`` is a DataFrame with the columns of ``scores.parquet``. The measure is Spearman's
+    correlation of the magnitudes of the scores within a prompt, as ``rank_correlation`` of
+    ``helpers.faithfulness`` has it, then its mean over prompts (see ``compare``). Prompts of fewer
+    than three tokens, and methods that score all tokens alike, have none.
+    """
+    places = ["slug", "position"]
+    scores = scores.drop_duplicates([*places, "method"])
+    prompts = scores.groupby("slug")["prompt"].first()
+    wide = scores.pivot(index=places, columns="method", values="score").abs()
+    ranks = wide.groupby(level="slug").rank()
+    methods = list(wide.columns)
+    matrices = {}  # slug: [methods, methods]
+    for slug, block in ranks.groupby(level="slug"):
+        if len(block) >= 3:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                matrices[slug] = np.atleast_2d(np.corrcoef(block.to_numpy(), rowvar=False))
+    measures = {}
+    for (i, first), (j, second) in combinations(enumerate(methods), 2):
+        values = pd.Series({slug: matrix[i, j] for slug, matrix in matrices.items()}, dtype=float)
+        measures[first, second] = _mean(values, prompts.reindex(values.index))
+    return {pair: measure for pair, measure in measures.items() if measure is not None}
+
+
+def _gaps(evidence):
+    """``{method: gaps [prompts]}`` of the methods that have any, the smallest median first."""
+    gaps = evidence.dropna(subset=["gap"]).groupby("method")["gap"]
+    found = {method: values.abs().to_numpy() for method, values in gaps}
+    return dict(sorted(found.items(), key=lambda item: np.median(item[1])))
+
+
+def _draw_gaps(out, sections):
+    """The gaps of each section as ``_figures/gaps-N.svg`` and ``.png``, and what they show.
+
+    No report can have that folder: the name of one begins with a letter or a digit.
+    """
+    (out / "_figures").mkdir(exist_ok=True)
+    for number, section in enumerate(sections, start=1):
+        if not section["gaps"]:
+            continue
+        with tempfile.TemporaryDirectory() as work:
+            fig, ax = plt.subplots(figsize=(8.5, 1.2 + 0.42 * len(section["gaps"])))
+            gap_boxes(ax, section["gaps"])
+            for path in save_figure(fig, f"gaps-{number}", work):
+                write_whole(out / "_figures" / path.name, path.read_bytes())
+            plt.close(fig)
+        medians = "; ".join(
+            f"{method} {np.median(gaps):.1%} over {len(gaps)}"
+            for method, gaps in section["gaps"].items()
+        )
+        section["figure"] = {
+            "name": f"gaps-{number}",
+            "alt": f"Boxes on a logarithmic axis: the completeness gap of each report, by method. "
+            f"Medians: {medians}.",
+        }
+
+
+def gap_boxes(ax, gaps, smallest=1e-4):
+    """``{method: gaps [reports]}`` as one box and a strip of points a method, on a log axis.
+
+    Gaps below ``smallest`` are drawn there. The dashed line is the 2 % that a method has to reach
+    to be called closed.
+    """
+    places = np.random.default_rng(0).uniform(-0.22, 0.22, max(map(len, gaps.values())))
+    for height, values in enumerate(gaps.values()):
+        clipped = np.maximum(values, smallest)
+        few = clipped[:: -(-len(clipped) // 400)]  # more points than this are a smear
+        ax.scatter(few, height + places[: len(few)], s=14, color="#0b57d0", alpha=0.5, linewidth=0)
+        ax.boxplot(
+            clipped,
+            positions=[height],
+            orientation="horizontal",
+            widths=0.5,
+            whis=(5, 95),
+            showfliers=False,
+            medianprops={"color": "#b3261e", "linewidth": 2},
+            manage_ticks=False,
+        )
+    ax.set_xscale("log")
+    ax.set_yticks(range(len(gaps)), [readable(method) for method in gaps], parse_math=False)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value * 100:,.6g} %")
+    ax.axvline(0.02, color="0.35", linestyle="--", linewidth=1)
+    ax.set(
+        ylim=(len(gaps) - 0.4, -0.6), xlabel="gap; box: middle half, line: median, whiskers: 5–95 %"
+    )
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax

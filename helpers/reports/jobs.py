@@ -1,50 +1,153 @@
 """From entries to jobs: every check that needs no model, before anything is run."""
 
+import hashlib
 import json
+from array import array
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import nbformat
+import numpy as np
 import papermill
 from slugify import slugify
 
 from helpers.errors import InputError
-from helpers.models import BUNDLED, load_tokenizer, resolve_model
+from helpers.models import BUNDLED, load_tokenizer, public_name, resolve_model
+from helpers.provenance import code_version, model_digest
 from helpers.questions import check_question
-from helpers.reports.prompts import parse_entry, read_entries
+from helpers.reports.prompts import is_reserved, parse_entry, read_entries
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 DEFAULT_NOTEBOOK = "08_comparison"
+TOLD = 20  # bad entries that are named; the rest is counted
+DIGITS = (0, 6, 16, 32)  # of a question's digest in a folder's name
+SETTINGS = ("model_name", "dtype", "output_dir")  # parameters that are not part of the question
 
 
 @dataclass(frozen=True)
 class Job:
-    """An entry that has passed every check: what to run, and the folder it goes to."""
+    """An entry that has passed every check: what to run, and the folder it goes to.
+
+    ``question`` is the digest of what is asked: prompt, target, foil, chat, evidence, methods and
+    notebook. ``identity`` is that of what answers it too: all parameters, the notebook's cells,
+    the model and the code; two reports of the same identity say the same. Both are SHA-256 in
+    hexadecimal. ``tokens`` is the length of the prompt.
+    """
 
     slug: str
     prompt: str
     notebook: Path
     parameters: dict
+    identity: str
+    question: str
+    tokens: int
 
 
-def plan(path, *, model=BUNDLED, notebook=DEFAULT_NOTEBOOK, methods=(), dtype="float32"):
-    """The jobs that a prompts file asks for, all of them checked before any is run.
+class Plan:
+    """The jobs of a prompts file that has been checked, in the order of the file; see ``plan``.
+
+    Iterating reads the file again and makes one ``Job`` at a time, so what is held of a prompt is
+    a few numbers. ``tokens`` uint32 [jobs] are the lengths of the prompts, and ``kinds`` uint16
+    [jobs] says which of ``asked``, a list of ``(notebook, methods)``, each one is; no methods are
+    the notebook's own choice. ``replaced`` counts reports in ``out`` whose id now stands for
+    another question.
+
+    Iterating raises ``InputError`` if the file is no longer the one that was checked.
+    """
+
+    def __init__(self, path, *, model, notebook, methods, dtype, folders):
+        self._folders = folders
+        self.path, self.model, self.dtype = Path(path), model, dtype
+        self.asked, self.replaced = [], 0
+        self._notebook, self._methods = notebook_path(notebook), list(methods)
+        self._digest = cache(notebook_digest)
+        self._takes = cache(lambda source: set(papermill.inspect_notebook(literal(source))))
+        self._given = {"model_name": _model_parameter(model), "dtype": dtype, "output_dir": "."}
+        self._by = [public_name(model), model_digest(model), code_version()]
+        self._tokens, self._kinds = array("I"), array("H")
+        self._questions, self._levels = array("Q"), array("B")  # shortened digests; see _name
+        _require_prompt(self._notebook, self._takes(self._notebook))
+
+    @property
+    def tokens(self):
+        return np.array(self._tokens, np.uint32)
+
+    @property
+    def kinds(self):
+        return np.array(self._kinds, np.uint16)
+
+    def __len__(self):
+        return len(self._tokens)
+
+    def __iter__(self):
+        changed = InputError(f"{self.path} has changed since it was checked: start again.")
+        read = 0
+        for row in read_entries(self.path):
+            try:
+                entry, source, parameters = self._ask(row)
+            except InputError as error:
+                raise changed from error
+            question = _digest_of(_question(parameters, source))
+            if read == len(self) or _short(question) != self._questions[read]:
+                raise changed
+            level = self._levels[read]
+            yield Job(
+                slug=_name(entry, question, level) if self._folders else entry.id or "",
+                prompt=entry.prompt,
+                notebook=source,
+                parameters=parameters,
+                identity=_digest_of([question, self.dtype, self._digest(source), *self._by]),
+                question=question,
+                tokens=self._tokens[read],
+            )
+            read += 1
+        if read < len(self):
+            raise changed
+
+    def _ask(self, row):
+        """``(entry, notebook, parameters)`` of a row, or ``InputError``."""
+        if row.problem is not None:
+            raise row.problem
+        entry = parse_entry(row.raw, row.kind)
+        source = self._notebook if entry.notebook is None else find_notebook(entry.notebook)
+        parameters = _parameters(entry, source, self._takes(source), self._methods)
+        known = {name: value for name, value in self._given.items() if name in self._takes(source)}
+        return entry, source, parameters | known
+
+
+def plan(
+    path,
+    *,
+    model=BUNDLED,
+    notebook=DEFAULT_NOTEBOOK,
+    methods=(),
+    dtype="float32",
+    out=None,
+    folders=True,
+):
+    """The jobs that a prompts file asks for, all of them checked before any is run: a ``Plan``.
 
     Every entry is checked for its keys, against the tokenizer and context of ``model``, and
-    against the parameters of its notebook. Raises one ``InputError`` that names the line of each
-    entry that cannot run.
+    against the parameters of its notebook; no weights are loaded. A report's folder is named by
+    the entry's id, or by its prompt; where that name stands for another question, in this file or
+    in ``out``, the beginning of the question's digest is added to it. ``folders=False`` names no
+    folders: a job's slug is then its id, or empty.
+
+    Raises one ``InputError`` that names the place of each entry that cannot run, the first 20 of
+    them in full.
     """
-    entries = read_entries(path)
+    jobs = Plan(path, model=model, notebook=notebook, methods=methods, dtype=dtype, folders=folders)
     tokenizer = load_tokenizer(model)
-    config = json.loads((resolve_model(model) / "config.json").read_text(encoding="utf-8"))
-    context = config.get("max_position_embeddings")
-    takes = cache(lambda source: set(papermill.inspect_notebook(literal(source))))
-    jobs, problems = [], []
-    questions, slugs = {}, {}  # what was asked, and which folders are taken: the line of each
-    for line, number, raw in entries:
+    context = _context(model)
+    taken = _Folders(out) if folders else None
+    seen, kinds = {}, {}  # shortened question: line; notebook and methods: number
+    problems, bad, count = [], 0, 0
+    for row in read_entries(path):
+        count += 1
         try:
-            entry = parse_entry(raw)
-            check_question(
+            entry, source, parameters = jobs._ask(row)
+            input_ids, _, _ = check_question(
                 tokenizer,
                 entry.prompt,
                 target=entry.target,
@@ -52,41 +155,84 @@ def plan(path, *, model=BUNDLED, notebook=DEFAULT_NOTEBOOK, methods=(), dtype="f
                 chat=entry.chat,
                 context=context,
             )
-            source = find_notebook(entry.notebook or notebook)
-            parameters = _parameters(entry, source, takes(source), list(methods), model, dtype)
-            first = questions.setdefault((source, repr(parameters)), line)
-            if first != line:
-                raise InputError(f"It asks the same as line {first}: remove one.")
-            slug = entry.id or _slug(entry.prompt, number, slugs)
-            first = slugs.setdefault(slug.lower(), line)
-            if first != line:
-                raise InputError(f"Its id {slug!r} is that of line {first}: choose another.")
-            jobs.append(Job(slug, entry.prompt, source, parameters))
+            question = _digest_of(_question(parameters, source))
+            short = _short(question)
+            if short in seen:
+                raise InputError(f"It asks the same as {row.unit} {seen[short]}: remove one.")
+            level = taken.level(entry, question, row) if taken else 0
         except InputError as error:
-            shown = (raw.get("id") or raw.get("prompt")) if isinstance(raw, dict) else raw
-            problems.append(f"  line {line}, entry {number} ({str(shown)[:40]!r}): {error}")
+            bad += 1
+            if len(problems) < TOLD:
+                problems.append(f"  {row.place(error.field)}: {str(error)[:1000]}")
+            continue
+        seen[short] = row.at
+        jobs._questions.append(short)
+        jobs._levels.append(level)
+        jobs._tokens.append(len(input_ids))
+        kind = source, frozenset(parameters.get("methods", ()))
+        jobs._kinds.append(kinds.setdefault(kind, len(kinds)))
     if problems:
+        more = [f"  … and {bad - len(problems):,} more."] if bad > len(problems) else []
         raise InputError(
-            f"{path}: {len(problems)} of {len(entries)} entries cannot run, so none was started.\n"
-            + "\n".join(problems)
+            f"{path}: {bad:,} of {count:,} entries cannot run, so none was started.\n"
+            + "\n".join(problems + more)
         )
+    jobs.asked = [(source.stem, methods) for source, methods in kinds]
+    jobs.replaced = taken.replaced if taken else 0
     return jobs
 
 
+def finished(job, out):
+    """True if ``out`` holds the report of this very job: the same identity, and no error."""
+    facts = _facts(Path(out) / job.slug)
+    return bool(facts) and facts.get("identity") == job.identity and facts.get("error") is None
+
+
 def find_notebook(name):
-    """The path of a notebook of this collection by name, or of any notebook by path."""
-    given = Path(name)
+    """The path of a notebook of this collection; all that a prompts file may name.
+
+    A prompts file is data, and must not choose by a path what code is run.
+    """
     known = sorted(file.stem for file in NOTEBOOKS.glob("*.ipynb"))
-    path = given if given.suffix == ".ipynb" else NOTEBOOKS / f"{name}.ipynb"
-    if not path.is_file() or (given.suffix != ".ipynb" and name not in known):
-        raise InputError(f"There is no notebook {name!r}: choose from {', '.join(known)}.")
-    return path.resolve()
+    if name not in known:
+        shown = str(name)[:80]
+        raise InputError(
+            f"There is no notebook {shown!r}: choose from {', '.join(known)}.", field="notebook"
+        )
+    return NOTEBOOKS / f"{name}.ipynb"
 
 
-def _parameters(entry, notebook, takes, methods, model, dtype):
-    """What papermill passes to ``notebook``, which ``takes`` these; else an ``InputError``."""
-    if "prompt" not in takes:
-        raise InputError(f"The notebook {notebook.stem} takes no prompt, so it cannot be a report.")
+def notebook_path(given):
+    """The path of a notebook of this collection by name, or of any notebook by path to it."""
+    path = Path(given)
+    if path.suffix == ".ipynb" and path.is_file():
+        return path.resolve()
+    return find_notebook(str(given))
+
+
+def notebook_digest(path):
+    """SHA-256 of what a notebook does, in hexadecimal: its cells' sources, types and tags.
+
+    Outputs and counts do not matter. Raises ``InputError`` for a file that is no notebook.
+    """
+    try:
+        cells = nbformat.read(path, as_version=4).cells
+    except (OSError, ValueError, AttributeError, nbformat.ValidationError) as error:
+        raise InputError(f"{path} is not a notebook that Jupyter can read.") from error
+    return _digest_of([[c.cell_type, c.source, c.metadata.get("tags", [])] for c in cells])
+
+
+def literal(path):
+    """A path as papermill takes it: it fills ``{name}`` in paths, so braces are doubled."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+# --- one entry ---------------------------------------------------------------------------------
+
+
+def _parameters(entry, notebook, takes, methods):
+    """What of an entry papermill passes to ``notebook``, which ``takes`` these parameters."""
+    _require_prompt(notebook, takes)
     wanted = {
         "target": entry.target,
         "foil": entry.foil,
@@ -94,26 +240,119 @@ def _parameters(entry, notebook, takes, methods, model, dtype):
         "evidence": entry.evidence,
         "methods": entry.methods or methods,
     }
-    parameters = {"prompt": entry.prompt}
-    for name, value in wanted.items():
-        if not value:
-            continue
+    given = {name: value for name, value in wanted.items() if value}
+    for name in given:
         if name not in takes:
-            raise InputError(f"The notebook {notebook.stem} has no parameter {name!r}: drop it.")
-        parameters[name] = value
-    # "." since the kernel runs inside the report's folder: no path of this machine is recorded
-    settings = {"model_name": str(model), "dtype": dtype, "output_dir": "."}
-    if Path(model).expanduser().is_dir():
-        settings["model_name"] = str(Path(model).expanduser().resolve())
-    return parameters | {name: value for name, value in settings.items() if name in takes}
+            raise InputError(
+                f"The notebook {notebook.stem} has no parameter {name!r}: drop it.", field=name
+            )
+    return {"prompt": entry.prompt, **given}
 
 
-def _slug(prompt, number, taken):
-    """A folder name that reads like the prompt; numbered where two prompts would read the same."""
-    slug = slugify(prompt, max_length=60, word_boundary=True) or f"prompt-{number}"
-    return f"{slug}-{number}" if slug in taken else slug
+def _require_prompt(notebook, takes):
+    if "prompt" not in takes:
+        raise InputError(f"The notebook {notebook.stem} takes no prompt, so it cannot be a report.")
 
 
-def literal(path):
-    """A path as papermill takes it: it fills ``{name}`` in paths, so braces are doubled."""
-    return str(path).replace("{", "{{").replace("}", "}}")
+def _model_parameter(model):
+    """A model as a notebook is told of it: kernels run in another folder than we do."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else str(model)
+
+
+def _context(model):
+    """The most tokens that ``model`` reads, or ``None`` if it does not say."""
+    config = json.loads((resolve_model(model) / "config.json").read_text(encoding="utf-8"))
+    return config.get("text_config", config).get("max_position_embeddings")
+
+
+# --- digests and names -------------------------------------------------------------------------
+
+
+def _question(parameters, source):
+    """What is asked, as plain values: all but the model, its dtype and where it is saved."""
+    asked = {name: value for name, value in parameters.items() if name not in SETTINGS}
+    return [source.stem, asked]
+
+
+def _digest_of(values):
+    """SHA-256 of plain values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _short(digest):
+    """64 bits of a digest: enough to tell the entries of a file apart."""
+    return int(digest[:16], 16)
+
+
+def _name(entry, question, level):
+    """A folder's name, which reads like the prompt; at a higher ``level`` with more of a digest."""
+    if entry.id is not None:
+        return entry.id
+    words = slugify(entry.prompt[:300], max_length=60, word_boundary=True)
+    return f"{words or 'prompt'}-{question[: DIGITS[level]]}" if level else words
+
+
+class _Folders:
+    """Which folder names are taken: by entries of a file, and by what ``out`` holds.
+
+    Names that differ in case only are one folder on some systems, and so they are here.
+    """
+
+    def __init__(self, out):
+        self.out = out and Path(out)
+        there = self.out.iterdir() if out and self.out.exists() else []
+        self.there = {folder.name.lower(): folder for folder in there}
+        self.taken = {}  # shortened digest of a name: line
+        self.replaced = 0
+
+    def level(self, entry, question, row):
+        """At which level of ``_name`` an entry gets a folder of its own; it is taken from then."""
+        for level in range(len(DIGITS)):
+            name = _name(entry, question, level).lower()
+            short = _short(hashlib.sha256(name.encode()).hexdigest())
+            if entry.id is not None:
+                self._check_id(entry, question, short, row)
+            elif not self._is_free(name, short, entry, question):
+                continue
+            self.taken[short] = row.at
+            return level
+        raise InputError("Its folder's name is taken at every length: give it an id.")
+
+    def _is_free(self, name, short, entry, question):
+        if not name or is_reserved(name) or short in self.taken:
+            return False
+        return name not in self.there or self._is_own(name, entry, question)
+
+    def _check_id(self, entry, question, short, row):
+        if short in self.taken:
+            first = f"{row.unit} {self.taken[short]}"
+            raise InputError(f"Its id {entry.id!r} is that of {first}: choose another.", field="id")
+        name = entry.id.lower()
+        if name not in self.there or self._is_own(name, entry, question):
+            return
+        if _facts(self.there[name]) is None:
+            raise InputError(
+                f"Its id {entry.id!r} names something in {self.out} that is no report: choose "
+                "another.",
+                field="id",
+            )
+        self.replaced += 1
+
+    def _is_own(self, name, entry, question):
+        """True if the report of that name answers this question."""
+        facts = _facts(self.there[name])
+        if facts is None:
+            return False
+        if "question" in facts:
+            return facts["question"] == question
+        return facts.get("prompt") == entry.prompt  # written before questions had digests
+
+
+def _facts(folder):
+    """The facts of the report in ``folder``, or ``None`` if there is no whole one."""
+    try:
+        facts = json.loads((folder / "report.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) else None

@@ -1,15 +1,40 @@
-"""Prompts files: what an entry may say, and how a file is read."""
+"""Prompts files: what an entry may say, and how a file is read, one entry at a time.
 
+A prompts file is data and may come from a stranger. Nothing in it is run, no part of it is held
+longer than an entry, and what it names (a folder, a notebook, a method) is checked against a list
+or a pattern.
+"""
+
+import csv
+import itertools
+import json
 import re
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import pyarrow
+import pyarrow.parquet
 import yaml
-from pydantic import BaseModel, ConfigDict, StrictBool, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
+from yaml.composer import Composer
 
 from helpers.attribution import METHODS
 from helpers.errors import InputError
 
-_SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+LONGEST_LINE = 2**24  # bytes
+MOST_NODES = 1000  # of a YAML entry: keys, values and what an alias repeats
+_SLUG = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,78}[A-Za-z0-9_-])?")
+# what an output folder holds beside reports, and what Windows keeps for its devices
+_RESERVED = re.compile(
+    r"index\.html|comparison\.html|scores|scores\.parquet|evidence|prompts|figures"
+    r"|(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?"
+)
+_ABSENT, _UNTEXT = object(), re.compile("[\x00\ud800-\udfff]")
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+ShortStr = Annotated[str, Field(strict=True, max_length=1000)]
 
 
 class Entry(BaseModel):
@@ -18,80 +43,476 @@ class Entry(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     prompt: StrictStr
-    id: StrictStr | None = None
-    target: StrictStr | None = None
-    foil: StrictStr | None = None
+    id: ShortStr | None = None
+    target: ShortStr | None = None
+    foil: ShortStr | None = None
     chat: StrictBool = False
-    evidence: StrictStr | None = None
-    methods: list[StrictStr] | None = None
-    notebook: StrictStr | None = None
+    evidence: ShortStr | None = None
+    methods: list[ShortStr] | None = None
+    notebook: ShortStr | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One entry as a file has it, and where it stands; numbers count from 1.
+
+    ``raw`` is what ``parse_entry`` takes. ``problem`` is an ``InputError`` where the entry could
+    not be read. ``line`` is ``None`` in a Parquet file, which has no lines.
+    """
+
+    file: str
+    number: int
+    line: int | None
+    raw: object = None
+    problem: InputError | None = None
+
+    @property
+    def kind(self):
+        return KINDS[Path(self.file).suffix.lower()]
+
+    @property
+    def unit(self):
+        return "row" if self.line is None else "line"
+
+    @property
+    def at(self):
+        """The line, or the row of a Parquet file."""
+        return self.line or self.number
+
+    def place(self, field=None):
+        """Where it stands in words: ``prompts.csv, line 4, row 3, column 'target'``."""
+        suffix = Path(self.file).suffix.lower()
+        parts = [self.file, f"{self.unit} {self.at}"]
+        if suffix == ".csv":
+            parts.append(f"row {self.number}")
+        if suffix in (".yml", ".yaml"):
+            raw = self.raw
+            shown = (raw.get("id") or raw.get("prompt")) if isinstance(raw, dict) else raw
+            shown = f" ({str(shown)[:40]!r})" if isinstance(shown, str | int | float) else ""
+            parts.append(f"entry {self.number}{shown}")
+        if field is not None:
+            parts.append(f"{'column' if suffix in ('.csv', '.parquet') else 'key'} {field!r}")
+        return ", ".join(parts)
 
 
 def read_entries(path):
-    """``[(line, number, raw entry)]`` of a YAML list; line and number count from 1.
+    """Every ``Row`` of a YAML, CSV, JSON Lines or Parquet file, read as it is asked for.
 
-    Raises ``InputError`` when the file cannot be read or is not a list.
+    An entry that cannot be read is a row with a ``problem``, and the next one follows. Raises
+    ``InputError``, at once or on the way, when the file as a whole cannot be read.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"There is no prompts file {path}: check the path.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text: {error}.") from error
-    try:
-        entries = yaml.safe_load(text)
-        nodes = yaml.compose(text, Loader=yaml.SafeLoader)  # the same once more, with line numbers
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+    if not path.exists():
+        raise InputError(f"There is no prompts file {path}: check the path.")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name one prompts file in it.")
+    if not path.is_file():
+        raise InputError(f"{path} is read twice, so it must be a file: save it as one first.")
+    suffix = path.suffix.lower()
+    if suffix in (".gz", ".bz2", ".xz", ".zst", ".zip"):
+        raise InputError(f"{path} is compressed: unpack it first.")
+    if suffix not in FORMATS:
         raise InputError(
-            f"{path}{where}: this is not YAML ({what}): mind quotes and indentation."
-        ) from error
-    if not isinstance(entries, list) or not entries:
-        raise InputError(
-            f"{path} must be a YAML list with at least one prompt, such as:\n"
-            '- "The capital city of Latvia is"'
+            f"{path} is of no kind that is known: prompts are YAML (.yml, .yaml), CSV (.csv), "
+            "JSON Lines (.jsonl, .ndjson) or Parquet (.parquet)."
         )
-    lines = [node.start_mark.line + 1 for node in nodes.value]
-    return list(zip(lines, range(1, len(entries) + 1), entries, strict=True))
+    rows = _until_unreadable(path, FORMATS[suffix])
+    first = next(rows, None)  # so that a file that is none of these is refused at once
+    if first is None:
+        example = '- "The capital city of Latvia is"'
+        raise InputError(
+            f"{path} must be a YAML list with at least one prompt, such as:\n{example}"
+            if FORMATS[suffix] is _read_yaml
+            else f"{path} holds no prompt: write at least one."
+        )
+    return itertools.chain([first], rows)
 
 
-def parse_entry(raw):
-    """The entry behind one element of the list, or an ``InputError`` that says what is wrong."""
+def _until_unreadable(path, read):
+    try:
+        yield from read(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        line = _first_line(path, _is_not_utf8)
+        raise InputError(f"{path}, line {line}: this is not UTF-8: save it as UTF-8.") from error
+
+
+def _first_line(path, is_bad):
+    """The number of the first line, as bytes, that ``is_bad``."""
+    with path.open("rb") as stream:
+        return next((number for number, line in enumerate(stream, 1) if is_bad(line)), 1)
+
+
+def _is_not_utf8(line):
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return True
+    return False
+
+
+def parse_entry(raw, kind="YAML"):
+    """The entry behind what a file holds, or an ``InputError`` that says what is wrong.
+
+    ``kind`` is the format, for messages.
+    """
     if isinstance(raw, str):
         raw = {"prompt": raw}
     if not isinstance(raw, dict):
         raise InputError(
-            f"An entry is text or a mapping, and YAML reads this as {type(raw).__name__}: put the "
-            "prompt in quotes."
+            f"An entry is text or a mapping, and {kind} reads this as {type(raw).__name__}: put "
+            "the prompt in quotes."
         )
     try:
         entry = Entry.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0])
-        if first["type"] == "missing":
-            raise InputError(f"The key {key!r} is missing.") from None
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(Entry.model_fields)
-            raise InputError(f"The key {key!r} is unknown: use {known}.") from None
-        raise InputError(f"The value of {key!r} will not do: {first['msg'].lower()}.") from None
+        raise _told(error.errors(include_url=False, include_input=False)[0]) from None
+    for field in ("prompt", "id", "target", "foil", "evidence", "notebook"):
+        found = _UNTEXT.search(getattr(entry, field) or "")
+        if found:
+            what = "a NUL character" if found[0] == "\0" else "half of a surrogate pair"
+            raise InputError(f"The {field} has {what} in it: save it as UTF-8 again.", field=field)
     for method in entry.methods or []:
         check_method(method)
     if entry.evidence is not None and entry.evidence.strip() not in entry.prompt:
         raise InputError(
-            f"The evidence {entry.evidence!r} is not in the prompt: write it as it stands there."
+            f"The evidence {entry.evidence!r} is not in the prompt: write it as it stands there.",
+            field="evidence",
         )
     if entry.id is not None and not _SLUG.fullmatch(entry.id):
         raise InputError(
             f"The id {entry.id!r} cannot name a folder: use up to 80 letters, digits, '.', '_' and "
-            "'-', and begin with a letter or digit."
+            "'-', begin with a letter or digit and do not end with '.'.",
+            field="id",
+        )
+    if entry.id is not None and is_reserved(entry.id):
+        raise InputError(
+            f"The id {entry.id!r} cannot name a folder, since the name is in use: choose another.",
+            field="id",
         )
     return entry
 
 
+def _told(problem):
+    """pydantic's first complaint as ours."""
+    field = str(problem["loc"][0])
+    if problem["type"] == "missing":
+        return InputError(f"The key {field!r} is missing.", field=field)
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join(Entry.model_fields)
+        return InputError(f"The key {field[:80]!r} is unknown: use {known}.")
+    return InputError(f"The value of {field!r} will not do: {problem['msg'].lower()}.", field=field)
+
+
 def check_method(method):
     if method not in METHODS:
-        raise InputError(f"There is no method {method!r}: choose from {', '.join(METHODS)}.")
+        raise InputError(
+            f"There is no method {method!r}: choose from {', '.join(METHODS)}.", field="methods"
+        )
+
+
+def is_reserved(name):
+    """True for a folder name that a report must not take, whatever its case."""
+    return name.startswith(".") or bool(_RESERVED.fullmatch(name.lower()))
+
+
+# --- YAML --------------------------------------------------------------------------------------
+
+
+class _Nodes:
+    """Counts the nodes that are composed, so that one entry cannot fill the memory."""
+
+    composed = 0
+
+    def compose_node(self, parent, index):
+        self.composed += 1
+        if self.composed > MOST_NODES:
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(
+                problem=f"an entry of more than {MOST_NODES:,} parts", problem_mark=mark
+            )
+        return super().compose_node(parent, index)
+
+
+if yaml.__with_libyaml__:
+
+    class _Loader(_Nodes, Composer, yaml.CSafeLoader):
+        """libyaml's parser, ten times as fast, under the composer that goes node by node."""
+
+        def __init__(self, stream):
+            yaml.CSafeLoader.__init__(self, stream)
+            Composer.__init__(self)
+
+else:
+
+    class _Loader(_Nodes, yaml.SafeLoader):
+        pass
+
+
+def _read_yaml(path):
+    with path.open(encoding="utf-8-sig") as stream:
+        try:
+            yield from _yaml_entries(path, _Loader(stream))
+        except yaml.reader.ReaderError as error:  # it knows no line
+            bad = chr(error.character)
+            line = _first_line(path, lambda line: bad.encode("utf-8", "surrogatepass") in line)
+            raise InputError(
+                f"{path}, line {line}: the character {bad!r} cannot be in YAML: save the file as "
+                "UTF-8 text."
+            ) from error
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f", line {mark.line + 1}" if mark else ""
+            raise InputError(
+                f"{path}{where}: this is not YAML ({_yaml_problem(error)}): mind quotes and "
+                "indentation."
+            ) from error
+        except RecursionError as error:
+            raise InputError(f"{path} is nested too deeply: write a list of prompts.") from error
+
+
+def _yaml_problem(error):
+    return getattr(error, "problem", None) or str(error).splitlines()[0]
+
+
+def _yaml_entries(path, loader):
+    loader.get_event()  # the stream's start
+    if loader.check_event(yaml.StreamEndEvent):
+        return
+    loader.get_event()  # the document's
+    if not loader.check_event(yaml.SequenceStartEvent):
+        raise InputError(
+            f"{path} must be a YAML list with at least one prompt, such as:\n"
+            '- "The capital city of Latvia is"'
+        )
+    loader.get_event()
+    for number in itertools.count(1):
+        if loader.check_event(yaml.SequenceEndEvent):
+            break
+        line = loader.peek_event().start_mark.line + 1
+        loader.composed = 0
+        node = loader.compose_node(None, None)
+        yield _yaml_row(path, loader, node, number, line)
+    loader.get_event()
+    loader.get_event()  # the document's end
+    if not loader.check_event(yaml.StreamEndEvent):
+        line = loader.peek_event().start_mark.line + 1
+        raise InputError(f"{path}, line {line}: a second document begins: keep one list.")
+
+
+def _yaml_row(path, loader, node, number, line):
+    try:
+        if _is_large(node):  # a few aliases of aliases can stand for more than memory holds
+            raise InputError(f"It has more than {MOST_NODES:,} parts: an entry is one prompt.")
+        if isinstance(node, yaml.MappingNode):
+            _refuse_twice(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        return Row(path.name, number, line, loader.construct_document(node))
+    except InputError as error:
+        return Row(path.name, number, line, problem=error)
+    except yaml.YAMLError as error:
+        problem = InputError(f"This is not YAML ({_yaml_problem(error)}).")
+        return Row(path.name, number, line, problem=problem)
+    except (ValueError, RecursionError):  # the 45th of May, a number of 5,000 digits
+        problem = InputError("This is no date or number: put the text in quotes.")
+        return Row(path.name, number, line, problem=problem)
+
+
+def _is_large(node):
+    left, seen = [node], 0
+    while left and seen <= MOST_NODES:
+        node = left.pop()
+        seen += 1
+        if isinstance(node, yaml.SequenceNode):
+            left += node.value
+        elif isinstance(node, yaml.MappingNode):
+            left += itertools.chain.from_iterable(node.value)
+    return seen > MOST_NODES
+
+
+def _refuse_twice(keys):
+    twice = [key for key, times in Counter(keys).items() if times > 1]
+    if twice:
+        raise InputError(f"The key {str(twice[0])[:80]!r} is there twice: remove one.")
+
+
+# --- CSV and JSON Lines ------------------------------------------------------------------------
+
+
+class _Lines:
+    """The lines of a binary stream as text; ``problem`` says what is wrong with the latest ones.
+
+    What is not UTF-8 is replaced, so that a reader can go on to the next line.
+    """
+
+    def __init__(self, stream):
+        self._stream, self._number, self.problem = stream, 0, None
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        line = self._stream.readline(LONGEST_LINE)
+        if not line:
+            raise StopIteration
+        self._number += 1
+        if self._number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            self.problem = InputError(f"The line is longer than {LONGEST_LINE:,} bytes.")
+            while line and not line.endswith(b"\n"):
+                line = self._stream.readline(LONGEST_LINE)
+            return "\n"
+        if b"\0" in line:
+            self.problem = InputError("There is a NUL byte: save the file as UTF-8 text.")
+            return line.replace(b"\0", b"").decode("utf-8", "replace")
+        try:
+            return line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            self.problem = InputError(
+                f"Line {self._number} is not UTF-8 (byte {line[error.start]:#04x}): save the file "
+                "as UTF-8."
+            )
+            return line.decode("utf-8", "replace")
+
+    def take_problem(self):
+        problem, self.problem = self.problem, None
+        return problem
+
+
+def _read_csv(path):
+    with path.open("rb") as stream:
+        lines = _Lines(stream)
+        reader = csv.reader(lines, strict=True)
+        try:
+            header = next((cells for cells in reader if cells), None)
+        except csv.Error as error:
+            lines.problem = lines.problem or InputError(f"This is not CSV ({error}).")
+        if lines.problem:
+            raise InputError(f"{path}, line {reader.line_num or 1}: {lines.problem}")
+        if header is None:
+            return
+        _check_header(f"{path}, line {reader.line_num}", header)
+        number = 0
+        while True:
+            line = reader.line_num + 1
+            cells, problem = _next_cells(reader)
+            if cells is _ABSENT:
+                return
+            problem = lines.take_problem() or problem
+            if not cells and problem is None:
+                continue  # an empty line
+            number += 1
+            if problem is None and len(cells) != len(header):
+                problem = InputError(
+                    f"It has {len(cells)} cells and the header {len(header)}: put a text with "
+                    "commas in quotes."
+                )
+            raw = None if problem else _from_cells(header, cells)
+            yield Row(path.name, number, line, raw, problem)
+
+
+def _next_cells(reader):
+    try:
+        return next(reader, _ABSENT), None
+    except csv.Error as error:
+        return None, InputError(f"This is not CSV ({error}): mind the quotes.")
+
+
+def _check_header(where, names):
+    known = ", ".join(Entry.model_fields)
+    for name in names:
+        if name not in Entry.model_fields:
+            raise InputError(
+                f"{where}: the column {name[:80]!r} is unknown: use {known}, separated by commas."
+            )
+    if len(set(names)) < len(names):
+        raise InputError(f"{where}: a column is there twice: {', '.join(names)}.")
+    if "prompt" not in names:
+        raise InputError(f"{where}: the column 'prompt' is missing.")
+
+
+def _from_cells(header, cells):
+    """What the cells of a CSV row, which are all text, mean; an empty one means not given."""
+    raw = {name: cell for name, cell in zip(header, cells, strict=True) if cell or name == "prompt"}
+    if "chat" in raw:
+        raw["chat"] = _TRUTH.get(raw["chat"].strip().lower(), raw["chat"])
+    if "methods" in raw:
+        raw["methods"] = raw["methods"].replace(",", " ").split()
+    return raw
+
+
+def _read_jsonl(path):
+    with path.open("rb") as stream:
+        lines, number = _Lines(stream), 0
+        for line, text in enumerate(lines, start=1):
+            problem = lines.take_problem()
+            if not text.strip() and problem is None:
+                continue
+            number += 1
+            raw = None
+            try:
+                raw = None if problem else json.loads(text, object_pairs_hook=_object)
+            except InputError as error:
+                problem = error
+            except json.JSONDecodeError as error:
+                problem = InputError(f"This is not JSON ({error.msg}, character {error.colno}).")
+            except (ValueError, RecursionError):
+                problem = InputError("This is no text or object: an entry is one of them.")
+            yield Row(path.name, number, line, raw, problem)
+
+
+def _object(pairs):
+    _refuse_twice(key for key, _ in pairs)
+    return dict(pairs)
+
+
+# --- Parquet -----------------------------------------------------------------------------------
+
+
+def _read_parquet(path):
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+            _check_header(str(path), file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=256):
+                columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+                for index in range(len(batch)):
+                    number += 1
+                    yield _parquet_row(path.name, number, columns, index)
+    except pyarrow.ArrowException as error:
+        after = f" after row {number}" if number else ""
+        why = str(error).splitlines()[0]
+        raise InputError(f"{path} is not whole Parquet{after} ({why}): write it again.") from error
+
+
+def _parquet_row(name, number, columns, index):
+    """A null means not given."""
+    raw = {}
+    for column, cells in columns.items():
+        try:
+            value = cells[index].as_py()
+        except UnicodeDecodeError:
+            problem = InputError("The text is not UTF-8: save it as UTF-8.", field=column)
+            return Row(name, number, None, problem=problem)
+        if value is not None:
+            raw[column] = value
+    return Row(name, number, None, raw)
+
+
+KINDS = {
+    ".yml": "YAML",
+    ".yaml": "YAML",
+    ".csv": "CSV",
+    ".jsonl": "JSON",
+    ".ndjson": "JSON",
+    ".parquet": "Parquet",
+}
+FORMATS = {
+    ".yml": _read_yaml,
+    ".yaml": _read_yaml,
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".parquet": _read_parquet,
+}

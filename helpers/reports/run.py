@@ -1,122 +1,164 @@
 """One report: a notebook executed for one prompt, and the folder that it leaves."""
 
+import errno
 import json
+import os
+import re
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
+import huggingface_hub
 import nbformat
 import papermill
 from nbclient.exceptions import DeadKernelError
-from nbconvert import HTMLExporter
-from nbconvert.preprocessors import TagRemovePreprocessor
 
 from helpers.models import BUNDLED, public_name
-from helpers.reports.files import move_into_place
+from helpers.provenance import code_version
+from helpers.reports.files import UNFINISHED, move_into_place
 from helpers.reports.jobs import NOTEBOOKS, literal
+from helpers.reports.pages import report_page, thumbnail
 
-TEMPLATES = Path(__file__).resolve().parent / "templates"
-
-
-def run_report(job, out, model=BUNDLED):
-    """Execute one job and move its finished folder to ``out/<slug>``; returns the folder's facts.
-
-    A notebook that fails leaves the same folder, with the notebook up to its error and the error
-    in ``report.json``; nothing is raised for it. The folder is made elsewhere and moved when
-    whole, so a reader never finds half of one.
-    """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix=".making-", dir=out) as work:
-        work = Path(work)
-        error = None
-        try:
-            report = _without_lessons(job.notebook, work / "report.ipynb")
-            papermill.execute_notebook(
-                literal(report),
-                literal(report),
-                parameters=job.parameters,
-                kernel_name="python3",
-                cwd=str(work),
-                progress_bar=False,
-                # only a real error is worth a line between the progress bar's
-                extra_arguments=["--log-level=ERROR"],
-            )
-        except papermill.PapermillExecutionError as failure:
-            error = f"{failure.ename}: {failure.evalue}"
-        except DeadKernelError:
-            error = "The kernel died, most often for lack of memory: try a shorter prompt."
-        facts = {
-            "slug": job.slug,
-            "prompt": job.prompt,
-            "notebook": job.notebook.stem,
-            "model": public_name(model),
-            "error": error and error[:2000],
-            "seconds": round(time.perf_counter() - started, 2),
-        }
-        _finish(work, facts)
-        move_into_place(work, out / job.slug)
-    return facts
+ATTEMPTS = 2  # kernels that may die of one prompt
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 
 
-def _without_lessons(notebook, copy):
-    """Write ``notebook`` to ``copy`` without its exercises, which a report need not run or show."""
+@cache
+def report_source(notebook):
+    """A notebook as JSON without its exercises and outputs: what a report runs and shows."""
     nodes = nbformat.read(notebook, as_version=4)
     lessons = {"not-in-report", "solution"}
     nodes.cells = [c for c in nodes.cells if not lessons & set(c.metadata.get("tags", []))]
-    nbformat.write(nodes, copy)
-    return copy
+    for cell in nodes.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return nbformat.writes(nodes)
+
+
+def run_report(job, out, model=BUNDLED, *, source=None, engine="warm"):
+    """Execute one job and move its finished folder to ``out/<slug>``; returns the folder's facts.
+
+    A notebook that fails leaves the same folder, with the notebook up to its error and the error
+    in ``report.json``; nothing is raised for it. A kernel that dies is tried once more. The folder
+    is made elsewhere and moved when whole, so a reader never finds half of one.
+
+    ``source`` is the notebook as ``report_source`` gives it, for a machine that has no such file;
+    ``engine`` is papermill's, ``None`` for its own. Raises ``OSError`` if the disk is full: that
+    is no fault of the prompt, and the next one would fare no better.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    source = source or report_source(job.notebook)
+    started = time.perf_counter()
+    for attempt in range(1, ATTEMPTS + 1):
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=out) as work:
+            work = Path(work)
+            error, died = _execute(source, job.parameters, work, engine)
+            if died and attempt < ATTEMPTS:
+                continue
+            seconds = time.perf_counter() - started
+            facts = _finish(work, _facts(job, model, error, attempt, seconds))
+            move_into_place(work, out / job.slug)
+            return facts
+
+
+def keep_failure(job, out, model, error):
+    """The folder of a job that came to no end of its own, with ``error``; returns its facts."""
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=out) as work:
+        work = Path(work)
+        (work / "report.ipynb").write_text(report_source(job.notebook), encoding="utf-8")
+        facts = _finish(work, _facts(job, model, error, ATTEMPTS, 0.0))
+        move_into_place(work, Path(out) / job.slug)
+    return facts
+
+
+def _facts(job, model, error, attempts, seconds):
+    return {
+        "slug": job.slug,
+        "prompt": job.prompt,
+        "notebook": job.notebook.stem,
+        "model": public_name(model),
+        "question": job.question,
+        "identity": job.identity,
+        "code_version": code_version(),
+        "tokens": job.tokens,
+        "error": error and error[:2000],
+        "attempts": attempts,
+        "seconds": round(seconds, 2),
+    }
+
+
+def _execute(source, parameters, work, engine):
+    """Run the notebook in ``work``; gives its error as text or ``None``, and if the kernel died."""
+    report = work / "report.ipynb"
+    report.write_text(source, encoding="utf-8")
+    try:
+        papermill.execute_notebook(
+            literal(report),
+            literal(report),
+            parameters=parameters,
+            engine_name=engine,
+            kernel_name="python3",
+            cwd=str(work),
+            progress_bar=False,
+            # only a real error is worth a line between the progress bar's
+            extra_arguments=["--log-level=ERROR"],
+        )
+    except papermill.PapermillExecutionError as failure:
+        if failure.ename == "OSError" and f"[Errno {errno.ENOSPC}]" in failure.evalue:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(work.parent)) from None
+        return f"{failure.ename}: {failure.evalue}", False
+    except DeadKernelError:
+        return "The kernel died, most often for lack of memory: try a shorter prompt.", True
+    return None, False
 
 
 def _finish(work, facts):
-    """Complete a report's folder: figures in their own, no local paths, the page, the facts."""
+    """Complete a report's folder: figures in their own, nothing private, the page, the facts."""
     figures = work / "figures"
     figures.mkdir()
     for file in [*work.glob("*.png"), *work.glob("*.svg")]:
         file.rename(figures / file.name)
+    thumbnail(work)
+    hidden = _private(work)
+    facts = _without(hidden, facts)
     notebook = nbformat.read(work / "report.ipynb", as_version=4)
-    _forget_local_paths(notebook, work, facts)
+    _clean(notebook, hidden, facts)
     nbformat.write(notebook, work / "report.ipynb")
-    (work / "report.html").write_text(_page(notebook, facts), encoding="utf-8")
+    (work / "report.html").write_text(report_page(notebook, facts), encoding="utf-8")
     (work / "report.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    return facts
 
 
-def _forget_local_paths(notebook, work, facts):
-    """Keep the home folder, and so the user's name, out of what may be passed on."""
+def _private(work):
+    """What must not be passed on, and what is shown instead: local paths, and secrets."""
+    hidden = {str(work): ".", str(NOTEBOOKS.parent): "…", sys.prefix: "…", str(Path.home()): "~"}
+    secrets = [value for name, value in os.environ.items() if _SECRET.search(name)]
+    secrets.append(huggingface_hub.get_token() or "")
+    return hidden | {secret: "…" for secret in secrets if len(secret) >= 8}
+
+
+def _without(hidden, value):
+    """``value``, texts in lists and dicts, with what is ``hidden`` replaced."""
+    if isinstance(value, str):
+        for private, shown in hidden.items():
+            value = value.replace(private, shown)
+    elif isinstance(value, list):
+        value = [_without(hidden, item) for item in value]
+    elif isinstance(value, dict):
+        value = {key: _without(hidden, item) for key, item in value.items()}
+    return value
+
+
+def _clean(notebook, hidden, facts):
     about = notebook.metadata.get("papermill", {})
     about.update(input_path=f"{facts['notebook']}.ipynb", output_path="report.ipynb")
     about.pop("environment_variables", None)
-    hidden = {str(work): ".", str(NOTEBOOKS.parent): "…", sys.prefix: "…", str(Path.home()): "~"}
-
-    def clean(value):
-        if isinstance(value, str):
-            for path, shown in hidden.items():
-                value = value.replace(path, shown)
-        elif isinstance(value, list):
-            value = [clean(item) for item in value]
-        elif isinstance(value, dict):
-            value = {key: clean(item) for key, item in value.items()}
-        return value
-
-    about["parameters"] = clean(dict(about.get("parameters", {})))
+    about["parameters"] = _without(hidden, dict(about.get("parameters", {})))
     for cell in notebook.cells:
         if "injected-parameters" in cell.metadata.get("tags", []):
-            cell.source = clean(cell.source)
+            cell.source = _without(hidden, cell.source)
         for output in cell.get("outputs", []):
-            output.update(clean(dict(output)))
-
-
-def _page(notebook, facts):
-    """The notebook as one HTML page: no script, nothing fetched, the code folded away."""
-    exporter = HTMLExporter(
-        template_name="report",
-        extra_template_basedirs=[str(TEMPLATES)],
-        exclude_anchor_links=True,
-    )  # what an output may hold as HTML is harmless here: the template's policy lets no script run
-    defaults = TagRemovePreprocessor(remove_cell_tags={"parameters"})  # injected ones are shown
-    exporter.register_preprocessor(defaults, enabled=True)
-    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
-    page, _ = exporter.from_notebook_node(notebook, {"report": {**facts, "style": style}})
-    return page
+            output.update(_without(hidden, dict(output)))

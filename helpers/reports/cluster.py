@@ -1,0 +1,164 @@
+"""The same work on many processes or machines, through Dask's distributed.
+
+Tasks are handed out as workers come free, and what comes back is kept in a folder that all of them
+see, so nothing finished depends on a worker, the scheduler or this process staying alive.
+"""
+
+import contextlib
+import logging
+import time
+import uuid
+from itertools import chain
+from pathlib import Path
+
+import dask
+from distributed import Client, KilledWorker, LocalCluster, as_completed
+from distributed.client import FutureCancelledError
+from distributed.comm import CommClosedError
+
+from helpers.errors import InputError
+from helpers.provenance import code_version
+
+PATIENCE = 120  # seconds to wait for a scheduler that went away, or for a first worker
+DEATHS = 1  # workers that may die under a task before it is set aside, on a cluster of our own
+
+
+def run_on_cluster(function, tasks, folder, *, workers=None, scheduler=None, patience=PATIENCE):
+    """``function(task)`` for every task, on ``workers`` processes here or on a running cluster.
+
+    ``tasks`` is an iterable, read as workers come free; each must pickle. Yields ``(task, result,
+    error)`` as they finish, in any order: an exception that ``function`` raised is ``error``, and
+    ``result`` is then None. A task whose worker dies goes to another one. One under which several
+    died is tried once more at the end, with nothing beside it, and its ``error`` is then
+    ``KilledWorker``. When the scheduler goes away, what was not finished is handed out again by
+    the one that comes in its place.
+
+    ``scheduler`` is an address such as ``"tcp://10.0.0.1:8786"``. Raises ``InputError`` if there is
+    none within ``patience`` seconds, no worker comes within it, or a worker does not see
+    ``folder`` or runs another version of this package.
+    """
+    unfinished = []
+    tasks, suspects = iter(tasks), []
+    while True:
+        with _client(workers, scheduler, patience) as client:
+            _check_workers(client, folder, patience)
+            try:
+                yield from _hand_out(client, function, chain(unfinished, tasks), suspects)
+                while suspects:  # one at a time, so that nothing else can be to blame
+                    yield from _hand_out(client, function, [suspects[0]], None)
+                    suspects.pop(0)
+                return
+            except _SchedulerLost as lost:
+                unfinished = lost.unfinished
+
+
+class _SchedulerLost(Exception):
+    def __init__(self, unfinished):
+        super().__init__("The scheduler went away.")
+        self.unfinished = unfinished
+
+
+def _hand_out(client, function, tasks, suspects):
+    """Yield what comes of ``tasks``; those that several workers died of go to ``suspects``."""
+    running, results = {}, as_completed()
+    tasks, more = iter(tasks), True
+    try:
+        while True:
+            # a few in reserve: no worker waits for us, and a cluster that grows sees the queue
+            room = 2 * sum(client.nthreads().values()) + 1 - len(running)
+            while more and room > 0:
+                task = next(tasks, None)
+                more = task is not None
+                if more:
+                    future = client.submit(function, task, pure=False)
+                    running[future] = task
+                    results.add(future)
+                    room -= 1
+            if not running:
+                return
+            future = next(results)
+            try:
+                result, error = future.result(), None
+            except KilledWorker as killed:
+                if suspects is not None:
+                    suspects.append(running.pop(future))
+                    continue
+                result, error = None, killed
+            except (FutureCancelledError, CommClosedError):
+                raise
+            except Exception as raised:
+                result, error = None, raised
+            yield running.pop(future), result, error
+    except (FutureCancelledError, CommClosedError, TimeoutError, OSError) as lost:
+        if isinstance(lost, OSError) and not isinstance(lost, (CommClosedError, TimeoutError)):
+            raise
+        raise _SchedulerLost(list(running.values())) from lost
+
+
+@contextlib.contextmanager
+def _client(workers, scheduler, patience):
+    """A client of the cluster; one that was started here ends with it."""
+    for name in ("distributed", "distributed.client"):  # what died is told by the reports
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    with contextlib.ExitStack() as stack:
+        if scheduler is None:
+            stack.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": DEATHS}))
+            scheduler = stack.enter_context(
+                LocalCluster(
+                    n_workers=workers,
+                    threads_per_worker=1,
+                    dashboard_address=None,
+                    silence_logs=logging.CRITICAL,
+                )
+            )
+            yield stack.enter_context(Client(scheduler))
+            return
+        try:
+            client = Client(scheduler, timeout=patience)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"There is no Dask scheduler at {scheduler} ({error}). What was finished is kept: "
+                "start one and run the same command again."
+            ) from error
+        yield stack.enter_context(client)
+
+
+def _check_workers(client, folder, patience):
+    """Raise ``InputError`` unless all workers see ``folder`` and run this very code."""
+    try:
+        client.wait_for_workers(1, timeout=patience)
+    except TimeoutError:
+        raise InputError(
+            f"The scheduler has no worker after {patience} seconds: start some, with `dask worker`."
+        ) from None
+    probe = Path(folder).resolve() / f".probe-{uuid.uuid4().hex}"
+    probe.touch()
+    try:
+        seen = client.run(_look, str(probe), on_error="return")
+    finally:
+        probe.unlink()
+    for worker, answer in seen.items():
+        if isinstance(answer, Exception):
+            raise InputError(
+                f"The worker {worker} cannot run reports ({answer}): install this package there."
+            )
+        found, version = answer
+        if not found:
+            raise InputError(
+                f"The worker {worker} does not see {probe.parent}: use a folder that all machines "
+                "share, under the same path."
+            )
+        if version != code_version():
+            raise InputError(
+                f"The worker {worker} runs another version of helpers, torch, transformers, captum "
+                "or numpy, and its numbers could differ: install the same there."
+            )
+
+
+def _look(path):
+    from helpers.provenance import code_version
+
+    deadline = time.monotonic() + 5  # a shared folder may be slow to tell
+    while not Path(path).exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return Path(path).exists(), code_version()

@@ -1,0 +1,115 @@
+"""A process that has imported everything and loaded the model, and forks a kernel for every run.
+
+Started by ``helpers.reports.warm``, which speaks with it over a socket: one JSON line asks for a
+kernel, one JSON line answers with its process number. A kernel is a copy of this process as it
+was before any run, so nothing of one run is left for the next: no variable, seed, setting,
+imported or patched module, changed weight or leaked memory. Pages that a kernel does not write
+to, such as the weights, are shared.
+
+Two rules make forking safe. This process never runs an operation on several threads, since the
+thread pool of OpenMP does not survive a fork; and it never touches a GPU, since CUDA does not.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def serve(channel, model, dtype):
+    """Get ready, say so, and fork kernels until the other end of ``channel`` is closed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    problem = _get_ready(model, dtype)
+    stream = channel.makefile("rw")
+    _answer(stream, {"ready": problem is None, "problem": problem})
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # dead kernels are reaped by the system
+    for line in stream:
+        listening, tell = os.pipe()
+        kernel = os.fork()
+        if kernel == 0:
+            stream.close()
+            channel.close()
+            os.close(listening)
+            _become_kernel(**json.loads(line), threads=threads, tell=tell)
+        os.close(tell)
+        os.read(listening, 1)  # a client that came before the kernel listens would try again later
+        os.close(listening)
+        _answer(stream, {"pid": kernel})
+
+
+def _answer(stream, message):
+    stream.write(json.dumps(message) + "\n")
+    stream.flush()
+
+
+def _get_ready(model, dtype):
+    """Import what notebooks import, and load the model; a problem as text, or ``None``."""
+    import captum.attr  # noqa: F401
+    import ipykernel.debugger
+    import ipykernel.kernelapp  # noqa: F401
+    import IPython.core.completer  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import matplotlib_inline.backend_inline  # noqa: F401
+    import pandas  # noqa: F401
+    import seaborn  # noqa: F401
+
+    import helpers.answers
+    import helpers.faithfulness
+    import helpers.ground_truth
+    import helpers.patching
+    import helpers.plots
+    import helpers.provenance  # noqa: F401
+    from helpers.errors import InputError
+    from helpers.models import hold_model
+
+    if model is not None:
+        try:
+            hold_model(model, dtype=dtype)
+        except InputError as error:  # the run that needs it will meet the same, and say so
+            return str(error)
+    return None
+
+
+def _become_kernel(connection_file, cwd, environment, threads, tell):
+    """Turn this fork into an IPython kernel, and end the process when the kernel ends."""
+    from ipykernel.kernelapp import IPKernelApp
+
+    status = 1
+    try:
+        os.setsid()  # so that the kernel and what it starts can be stopped together
+        # if memory runs out, the system ends this run rather than all that come after it
+        Path("/proc/self/oom_score_adj").write_text("500")
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(nothing, descriptor)
+        os.chdir(cwd)
+        os.environ.clear()
+        os.environ.update(environment, JPY_PARENT_PID=str(os.getppid()))
+        torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or threads))
+        for seed in (
+            random.seed,
+            np.random.seed,
+            torch.seed,
+        ):  # from the system, as in a new process
+            seed()
+        sys.argv = ["ipykernel_launcher", "-f", connection_file]
+        app = IPKernelApp.instance(parent_handle=os.getppid())
+        app.initialize(sys.argv[1:])
+        os.close(tell)
+        app.start()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    descriptor, model, dtype = sys.argv[1:]
+    serve(socket.socket(fileno=int(descriptor)), model or None, dtype)

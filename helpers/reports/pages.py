@@ -1,0 +1,181 @@
+"""What a browser is shown: pages under a strict policy, any text as text, small pictures."""
+
+import base64
+import hashlib
+import html
+import io
+import re
+import warnings
+from functools import cache
+from pathlib import Path
+
+import bleach
+import jinja2
+from nbconvert import HTMLExporter
+from nbconvert.filters import strip_ansi
+from nbconvert.preprocessors import TagRemovePreprocessor
+from PIL import Image
+
+from helpers.reports.files import write_whole
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+PREFERRED = "matrix_signed.png"  # the figure that says most about a report at a glance
+THUMBNAIL = "thumbnail.png"
+WIDTH = 640  # pixels: twice what the gallery shows, for sharp screens
+
+# HTML drops or alters these characters: each is shown as the picture of itself (U+2400 ...) or, the
+# half of a pair that no file can hold, as U+FFFD.
+_UNSHOWABLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+_UNSHOWABLE |= {0x7F: 0x2421} | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
+
+# What Markdown and tables of a notebook need, and nothing that loads, moves or styles a page.
+_TAGS = {
+    *("a", "abbr", "b", "blockquote", "br", "caption", "code", "dd", "del", "details", "div"),
+    *("dl", "dt", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "kbd", "li", "ol"),
+    *("p", "pre", "s", "span", "strong", "sub", "summary", "sup"),
+    *("table", "tbody", "td", "th", "thead", "tr", "ul"),
+}
+_SILENT = re.compile(r"<(script|style|title)\b.*?</\1\s*>", re.DOTALL | re.IGNORECASE)  # not prose
+
+
+def shown(text):
+    """``text`` with the control characters that HTML cannot carry made visible; nothing else."""
+    return text.translate(_UNSHOWABLE)
+
+
+def content_policy(*, style, images, script=None):
+    """A Content-Security-Policy that allows one style, at most one script, both by their SHA-256.
+
+    ``style`` and ``script`` are the exact texts between the tags, ``images`` the sources of
+    pictures. Nothing else loads, runs, or is sent. Source: W3C, Content Security Policy Level 3.
+    """
+    rules = ["default-src 'none'", f"style-src '{_digest(style)}'", f"img-src {images}"]
+    if script is not None:
+        rules.append(f"script-src '{_digest(script)}'")
+    return "; ".join([*rules, "base-uri 'none'", "form-action 'none'"])
+
+
+def _digest(text):
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode()
+
+
+def overview_page(name, **values):
+    """One of the pages over all reports, ``templates/<name>``, as bytes.
+
+    It has the style, the policy and the script of the gallery; every value is escaped.
+    """
+    style, script = _text("style.css") + _text("gallery.css"), _text("gallery.js")
+    policy = content_policy(style=style, images="'self' file:", script=script)
+    template = _environment().get_template(name)
+    page = template.render(style=style, script=script, policy=policy, **values)
+    return page.encode("utf-8")
+
+
+@cache
+def _environment():
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_finalize,
+    )
+    environment.filters["quoted"] = repr  # a token in quotes, so that a space or line break is seen
+    return environment
+
+
+def _finalize(value):
+    """What an expression of a template prints; escaping comes after."""
+    return "" if value is None else shown(value) if type(value) is str else value
+
+
+@cache
+def _text(name):
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def report_page(notebook, facts):
+    """The executed ``notebook`` as one HTML page: no script, nothing fetched, the code folded away.
+
+    ``facts`` are those of ``report.json``; ``prompt`` and ``error`` stand at the top. HTML that a
+    cell wrote or printed is reduced to prose, tables and pictures; colours of a terminal are left
+    out. One process builds the exporter once: pages are made one at a time.
+    """
+    style = _text("style.css")
+    told = {
+        "prompt": shown(facts["prompt"]),
+        "error": shown(facts["error"] or ""),
+        "style": style,
+        "policy": content_policy(style=style, images="data:"),
+    }
+    page, _ = _exporter().from_notebook_node(notebook, {"report": told})
+    return shown(page)
+
+
+@cache
+def _exporter():
+    exporter = HTMLExporter(
+        template_name="report",
+        extra_template_basedirs=[str(TEMPLATES)],
+        exclude_anchor_links=True,
+        sanitize_html=True,  # no script could run, but a <meta> refresh could lead away
+    )
+    # nbconvert's own list is so short that it turns headings and pictures into text
+    exporter.register_filter("clean_html", _clean)
+    exporter.register_filter("ansi2html", lambda text: html.escape(strip_ansi(text)))
+    defaults = TagRemovePreprocessor(remove_cell_tags={"parameters"})  # injected ones are shown
+    exporter.register_preprocessor(defaults, enabled=True)
+    return exporter
+
+
+def _clean(markup):
+    text = markup.decode() if isinstance(markup, bytes) else str(markup)
+    text = _SILENT.sub("", shown(text))
+    protocols = {"http", "https", "mailto", "data"}
+    return bleach.clean(text, _TAGS, _allowed, protocols, strip=True)
+
+
+def _allowed(tag, name, value):
+    """Whether bleach may keep an attribute: pictures are in the page, links lead to pages."""
+    if name == "src":
+        return tag == "img" and value.startswith("data:image/")
+    if name == "href":
+        return tag == "a" and not value.lower().strip().startswith("data:")
+    return name in ("class", "id", "title", "lang", "dir", "alt", "width", "height") or (
+        tag in ("td", "th") and name in ("colspan", "rowspan", "scope")
+    )
+
+
+def thumbnail(folder):
+    """Make ``figures/thumbnail.png`` of a report folder; its path, or None without a figure.
+
+    The picture is at most 640 pixels wide, made from ``matrix_signed.png`` or else from the first
+    PNG that can be read. A figure that is broken, absent or too large is passed over.
+    """
+    figures = Path(folder) / "figures"
+    found = [path for path in figures.glob("*.png") if path.name != THUMBNAIL]
+    for figure in sorted(found, key=lambda path: (path.name != PREFERRED, path.name)):
+        try:
+            small = _small(figure)
+            write_whole(figures / THUMBNAIL, small)
+        # Pillow raises whatever its decoders meet in a broken file
+        except (OSError, SyntaxError, ValueError, EOFError, Warning, Image.DecompressionBombError):
+            continue
+        return figures / THUMBNAIL
+    return None
+
+
+def _small(figure):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(figure, formats=["PNG"]) as picture:
+            picture = picture.convert("RGBA")
+    picture.thumbnail((WIDTH, 4 * WIDTH), Image.Resampling.BICUBIC, reducing_gap=2)
+    paper = Image.new("RGBA", picture.size, "white")  # a transparent figure has dark text
+    paper.alpha_composite(picture)
+    # 128 colours of the picture's own are a third of the bytes, and no eye sees it
+    few = paper.convert("RGB").quantize(128, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    file = io.BytesIO()
+    few.save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,238 @@
+"""A papermill engine whose kernels start warm: imports done, model loaded.
+
+Registered for papermill as ``warm`` (``papermill --engine warm``, ``engine_name="warm"``). Every
+run gets a kernel of its own, forked from a process that is ready (``fork_server``), and the kernel
+ends with the run. That costs some tenths of a second where a kernel from scratch costs seconds,
+and gives the isolation that resetting a used kernel cannot. Where forking is not safe (anything
+but Linux) the kernel starts from scratch, as with papermill's own engine.
+"""
+
+import ast
+import asyncio
+import atexit
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from queue import Empty
+
+from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.provisioning import LocalProvisioner
+from papermill.engines import NBClientEngine
+from papermill.translators import papermill_translators
+from papermill.utils import find_first_tagged_cell_index
+
+INLINE = "module://matplotlib_inline.backend_inline"
+CAN_FORK = sys.platform == "linux"
+
+
+class ForkServer:
+    """The process that forks kernels; see ``helpers.reports.fork_server``.
+
+    It ends when ``close`` is called or this process ends, however that comes about.
+    """
+
+    def __init__(self, model, dtype):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # -P: a file in the current folder must not stand in for a module
+            command = [sys.executable, "-P", "-m", "helpers.reports.fork_server"]
+            self.process = subprocess.Popen(
+                [*command, str(theirs.fileno()), model or "", dtype],
+                pass_fds=[theirs.fileno()],
+                # as a kernel has it, before matplotlib is imported; and no threads, which a fork loses
+                env=os.environ | {"MPLBACKEND": INLINE, "TOKENIZERS_PARALLELISM": "false"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the caller to deal with
+            )
+        self.channel, self.stream = ours, ours.makefile("rw")
+        self._read()
+
+    def fork(self, connection_file, cwd, environment):
+        """A new kernel's process."""
+        request = {"connection_file": connection_file, "cwd": cwd, "environment": environment}
+        self.stream.write(json.dumps(request) + "\n")
+        self.stream.flush()
+        return Forked(self._read()["pid"])
+
+    def alive(self):
+        return self.process.poll() is None
+
+    def close(self):
+        self.stream.close()
+        self.channel.close()
+        self.process.kill()
+        self.process.wait()
+
+    def _read(self):
+        line = self.stream.readline()
+        if not line:
+            raise ConnectionError("The process that starts kernels has died.")
+        return json.loads(line)
+
+
+class Forked:
+    """A kernel's process as Jupyter sees it: the part of ``subprocess.Popen`` that it uses.
+
+    The process is not our child, so it is watched through a pidfd, which cannot come to mean
+    another process.
+    """
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, pid):
+        self.pid, self.returncode = pid, None
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._pidfd, self.returncode = None, -1
+
+    def poll(self):
+        return self.wait(0)
+
+    def wait(self, timeout=None):
+        if self.returncode is None and select.select([self._pidfd], [], [], timeout)[0]:
+            os.close(self._pidfd)
+            self.returncode = -1  # how it ended is known to the fork server only
+        return self.returncode
+
+    def send_signal(self, signum):
+        if self.returncode is None:
+            signal.pidfd_send_signal(self._pidfd, signum)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+
+class ForkProvisioner(LocalProvisioner):
+    """Jupyter's local kernel, forked instead of started."""
+
+    async def launch_kernel(self, cmd, **kwargs):
+        self.cwd = str(kwargs.get("cwd") or Path.cwd())
+        environment = dict(kwargs.get("env") or os.environ)
+        self.process = self.parent.server.fork(self.parent.connection_file, self.cwd, environment)
+        self.pid = self.pgid = self.process.pid
+        return self.connection_info
+
+    async def kill(self, restart=False):
+        """Kill the kernel and see it gone: Jupyter looks again only every 0.1 s."""
+        await super().kill(restart)
+        if self.process is not None:
+            await asyncio.to_thread(self.process.wait, 5)
+
+
+class PromptClient(AsyncKernelClient):
+    """Jupyter's client, ready 0.2 s sooner: it reads the greeting, where that waits for silence."""
+
+    async def wait_for_ready(self, timeout=None):
+        deadline = time.monotonic() + (timeout or float("inf"))
+        while not await self._greeted(self.kernel_info()):
+            if not await self.is_alive():
+                raise RuntimeError("The kernel died before it was ready.")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"The kernel was not ready within {timeout} seconds.")
+
+    async def _greeted(self, request):
+        """Whether both channels brought what answers ``request``, so that no output can be lost."""
+        try:
+            while True:
+                message = await self.get_iopub_msg(timeout=1)
+                state = message["content"].get("execution_state")
+                if message["parent_header"].get("msg_id") == request and state == "idle":
+                    break
+            await self.get_shell_msg(timeout=1)
+        except Empty:
+            return False
+        return True
+
+
+class ForkingManager(AsyncKernelManager):
+    """A kernel manager that forks its kernels; a subclass says from which ``server``."""
+
+    server = None
+    client_factory = PromptClient
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.provisioner = ForkProvisioner(parent=self, kernel_spec=self.kernel_spec)
+
+
+class WarmEngine(NBClientEngine):
+    """Papermill's own engine, with kernels that are forked from one process that is ready.
+
+    That process is started by the first run and kept for the next one that asks for the same
+    model: what the notebook's parameters call ``model_name`` and ``dtype``. There is at most one,
+    and it ends with the process that uses the engine.
+    """
+
+    _lock = threading.Lock()
+    _server = _holds = None
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
+        save = nb_man.save
+        nb_man.save = lambda **kwargs: (
+            None
+        )  # not twice a cell: papermill saves once more at the end
+        try:
+            if CAN_FORK and _runs_this_python(kernel_name):
+                server = cls._server_for(*_model_of(nb_man.nb, kernel_name))
+                manager = type("Manager", (ForkingManager,), {"server": server})
+                # nothing in a kernel needs saying goodbye to: it ends with all it holds
+                kwargs |= {"kernel_manager_class": manager, "shutdown_kernel": "immediate"}
+            super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+        finally:
+            nb_man.save = save
+
+    @classmethod
+    def _server_for(cls, model, dtype):
+        with cls._lock:
+            if cls._server is not None and (
+                cls._holds != (model, dtype) or not cls._server.alive()
+            ):
+                cls.close()
+            if cls._server is None:
+                cls._server, cls._holds = ForkServer(model, dtype), (model, dtype)
+                atexit.register(cls._server.close)
+            return cls._server
+
+    @classmethod
+    def close(cls):
+        """End the process that kernels are forked from; the next run starts another."""
+        if cls._server is not None:
+            atexit.unregister(cls._server.close)
+            cls._server.close()
+            cls._server = cls._holds = None
+
+
+def _runs_this_python(kernel_name):
+    """Whether a kernel of that name is an IPython kernel of this very environment."""
+    command = AsyncKernelManager(kernel_name=kernel_name).format_kernel_cmd()
+    return command[0] == sys.executable and "ipykernel_launcher" in command
+
+
+def _model_of(notebook, kernel_name):
+    """``(model_name, dtype)`` among the parameters that ``notebook`` will run with."""
+    place = find_first_tagged_cell_index(notebook, "parameters")
+    given = notebook.metadata.get("papermill", {}).get("parameters", {})
+    found = {}
+    if place >= 0:
+        translator = papermill_translators.find_translator(kernel_name, "python")
+        for parameter in translator.inspect(notebook.cells[place]):
+            with contextlib.suppress(ValueError, SyntaxError):  # not a literal
+                found[parameter.name] = ast.literal_eval(parameter.default)
+    found |= given
+    return found.get("model_name"), found.get("dtype", "float32")

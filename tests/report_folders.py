@@ -1,0 +1,54 @@
+"""Report folders as a run leaves them, written by a test: for what reads them."""
+
+import csv
+import json
+
+from PIL import Image
+
+
+def write_report(out, slug, prompt, methods=None, *, error=None, figure=True, **facts):
+    """Make ``out/slug`` as ``08_comparison`` and ``run_report`` do; returns the folder.
+
+    ``methods`` maps a name to what its row of ``evidence.csv`` says beside the defaults; the key
+    ``scores`` holds the scores of the tokens. ``facts`` go to ``report.json`` or, those that it has
+    no place for, to ``provenance.json``.
+    """
+    folder = out / slug
+    (folder / "figures").mkdir(parents=True)
+    report = {
+        "slug": slug,
+        "prompt": prompt,
+        "notebook": facts.pop("notebook", "08_comparison"),
+        "model": facts.pop("model", "SmolLM2-135M-Instruct"),
+        "error": error,
+        "seconds": facts.pop("seconds", 12.5),
+    }
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    (folder / "report.html").write_text("<title>a report</title>", encoding="utf-8")
+    if error is not None or methods is None:
+        return folder
+    defaults = {"strongest token": " is", "sum of scores": 1.5, "gap": None, "closed": "-"}
+    defaults |= {"error": None, "evaluations": 1, "forwards": 2, "seconds": 0.25}
+    defaults |= {"faithfulness": 1.0, "random_faithfulness": -0.5, "beats_random": 0.5}
+    defaults |= {"evidence_rank": None, "verdict": ""}
+    text = prompt.encode("utf-8", "replace").decode()  # what a file in UTF-8 can hold
+    evidence, scores = [], []
+    for name, said in methods.items():
+        evidence.append({"method": name} | defaults | {k: said[k] for k in said if k != "scores"})
+        for i, score in enumerate(said.get("scores", [0.5, -1.0, 2.0])):
+            row = {"prompt": text, "position": i, "token": f" {i}", "method": name}
+            scores.append(row | {"score": float(score)})
+    _write_table(folder / "evidence.csv", evidence)
+    _write_table(folder / "scores.csv", scores)
+    known = {"target": " Rig", "foil": None, "tokens": 3, "dtype": "float32"} | facts
+    (folder / "provenance.json").write_text(json.dumps(known), encoding="utf-8")
+    if figure:
+        Image.new("RGBA", (900, 600), "#3366aa").save(folder / "figures" / "matrix_signed.png")
+    return folder
+
+
+def _write_table(path, rows):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,202 @@
+"""Many workers: the same results in any order, and what happens when one of them dies."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import yaml
+from distributed import Client, KilledWorker
+
+from helpers.errors import InputError
+from helpers.reports.cluster import run_on_cluster
+
+KILL_THE_WORKER = """
+import psutil
+if prompt == "A poisoned prompt":
+    psutil.Process().parent().parent().kill()  # of the fork server that this kernel came from
+"""
+
+
+def work(folder, task):
+    """What a task of the first tests does, by its number."""
+    mark = Path(folder) / f"ran-{task}"
+    times = len(mark.read_text()) if mark.exists() else 0
+    mark.write_text("x" * (times + 1))
+    if (task == 3 and times == 0) or task == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task == 7:
+        raise ValueError("seven")
+    return task * task
+
+
+def test_every_task_comes_back_once_and_the_poisoned_one_alone_fails(tmp_path):
+    tasks = range(12)
+    done = list(run_on_cluster(partial(work, tmp_path), tasks, tmp_path, workers=2))
+    results = {task: result for task, result, error in done if error is None}
+    errors = {task: error for task, _, error in done if error is not None}
+    assert len(done) == len(tasks)
+    assert results == {task: task * task for task in tasks if task not in (5, 7)}
+    assert isinstance(errors.pop(5), KilledWorker) and str(errors.pop(7)) == "seven" and not errors
+    times = {task: len((tmp_path / f"ran-{task}").read_text()) for task in tasks}
+    assert times[3] >= 2 and 2 <= times[5] <= 8
+    assert not list(tmp_path.glob(".probe-*"))
+
+
+def endless():
+    for number in range(10**9):
+        assert number < 200, "tasks are read long before a worker is free for them"
+        yield number
+
+
+def square(task):
+    return task * task
+
+
+def test_tasks_are_read_as_workers_come_free(tmp_path):
+    some = run_on_cluster(square, endless(), tmp_path, workers=1)
+    assert all(result == task * task for task, result, _ in (next(some) for _ in range(20)))
+    some.close()
+
+
+def prompts_file(folder):
+    path = folder / "prompts.yml"
+    prompts = ["The keys to", "The doors to", "A poisoned prompt", "The boats to", "The lamps to"]
+    path.write_text(yaml.safe_dump(prompts), encoding="utf-8")
+    return path
+
+
+def command(*given):
+    return subprocess.run(
+        [sys.executable, "-m", "helpers.reports", *map(str, given)], capture_output=True, text=True
+    )
+
+
+def scores(out):
+    table = pd.read_parquet(out / "scores.parquet")
+    return table.sort_values(["slug", "method", "position"], ignore_index=True)
+
+
+def test_reports_from_two_workers_equal_those_of_one_process(tmp_path, tiny_folder, quick_notebook):
+    prompts = prompts_file(tmp_path)
+    given = [prompts, "--model", tiny_folder, "--notebook", quick_notebook(KILL_THE_WORKER)]
+    many = command(*given, "--out", tmp_path / "many", "--workers", 2)
+    assert many.returncode == 1 and "Traceback" not in many.stderr, many.stderr
+    assert "4 of 5 reports done, 1 failed." in many.stdout
+    assert "failed: a-poisoned-prompt: Every worker that ran this prompt died" in many.stderr
+    assert not list((tmp_path / "many").glob(".making-*"))
+    prompts.write_text(prompts.read_text().replace("- A poisoned prompt\n", ""))
+    one = command(*given, "--out", tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    pd.testing.assert_frame_equal(
+        scores(tmp_path / "many"), scores(tmp_path / "one"), check_exact=True
+    )
+
+
+@contextlib.contextmanager
+def started(*given):
+    """A Dask process of its own, as somebody starts it on another machine."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distributed.cli." + given[0], *map(str, given[1:])],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+        process.kill()
+        process.wait()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_cluster_of_others_loses_nothing_when_a_worker_and_then_its_scheduler_dies(
+    tmp_path, tiny_folder, quick_notebook
+):
+    prompts, out = prompts_file(tmp_path), tmp_path / "out"
+    address = f"tcp://127.0.0.1:{(port := free_port())}"
+    scheduler = ["dask_scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard"]
+    worker = [
+        "dask_worker",
+        address,
+        "--nthreads",
+        1,
+        "--no-dashboard",
+        "--local-directory",
+        tmp_path,
+    ]
+    given = [prompts, "--model", tiny_folder, "--out", out, "--scheduler", address]
+    given += ["--notebook", quick_notebook("import time; time.sleep(1.5)")]
+
+    def finished():
+        return {file: file.stat().st_mtime_ns for file in out.glob("[!.]*/report.json")}
+
+    def wait_for(reports):
+        deadline = time.monotonic() + 120
+        while len(finished()) < reports and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(started(*scheduler))
+        workers = [stack.enter_context(started(*worker)) for _ in range(2)]
+        run = subprocess.Popen(
+            [sys.executable, "-m", "helpers.reports", *map(str, given)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        stack.callback(run.kill)
+        wait_for(1)
+        for process in reversed(psutil.Process(workers[0].pid).children(recursive=True)):
+            process.kill()  # the nanny starts another worker in its place
+        wait_for(2)
+        before = finished()
+        first.kill()
+        first.wait()
+        stack.enter_context(started(*scheduler))
+        stack.enter_context(started(*worker))  # as Slurm or Kubernetes would
+        told, complaints = run.communicate(timeout=180)
+    assert run.returncode == 0 and "Traceback" not in complaints, complaints
+    assert "5 of 5 reports done, 0 failed." in told
+    assert before.items() <= finished().items()  # what was finished is not done again
+    assert len(scores(out)["slug"].unique()) == 5
+
+
+def test_what_is_wrong_with_a_cluster_is_told(tmp_path):
+    nowhere = f"tcp://127.0.0.1:{free_port()}"
+    with pytest.raises(InputError, match="no Dask scheduler at"):
+        next(run_on_cluster(square, [1], tmp_path, scheduler=nowhere, patience=1))
+    with pytest.raises(InputError, match="no Dask scheduler at"):
+        next(run_on_cluster(square, [1], tmp_path, scheduler="nonsense", patience=1))
+
+
+def test_a_worker_that_does_not_see_the_folder_is_named(tmp_path, monkeypatch):
+    from distributed import LocalCluster
+
+    from helpers.reports import cluster
+
+    local = LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None)
+    with local, Client(local) as client:
+        elsewhere = partial(cluster._look, "/nowhere/probe")
+        monkeypatch.setattr(client, "run", lambda *a, **k: Client.run(client, elsewhere))
+        with pytest.raises(InputError, match="does not see"):
+            cluster._check_workers(client, tmp_path, 5)
+        monkeypatch.undo()
+        monkeypatch.setattr(cluster, "code_version", lambda: "another")
+        with pytest.raises(InputError, match="another version"):
+            cluster._check_workers(client, tmp_path, 5)

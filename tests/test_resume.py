@@ -1,0 +1,177 @@
+"""Runs that end before they are done: what is kept, and what the next run does."""
+
+import json
+import multiprocessing
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from helpers.errors import InputError
+from helpers.reports.files import UNFINISHED, only_writer
+
+WORDS = ["keys", "doors", "boats", "lamps", "chairs", "roads", "books", "birds", "rivers"]
+WORDS += ["clouds", "apples", "stones"]
+# imports helpers once, and forks a process for every run
+forked = multiprocessing.get_context("forkserver")
+forked.set_forkserver_preload(["helpers.reports.command"])
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """A prompts file of twelve."""
+    path = tmp_path / "prompts.yml"
+    path.write_text(yaml.safe_dump([f"The {word} to" for word in WORDS]), encoding="utf-8")
+    return path
+
+
+def arguments(prompts, out, model, notebook, *more):
+    given = [prompts, "--out", out, "--model", model, "--notebook", notebook, *more]
+    return [str(argument) for argument in given]
+
+
+def command(given, output):
+    """The command line, in a process that is killed from outside or ends by itself."""
+    from helpers.reports.command import app
+
+    with Path(output).open("a") as sys.stdout:
+        sys.stderr = sys.stdout
+        app(given)
+
+
+def run(given, output, kill_after=None):
+    """Run to the end, or kill after some seconds; gives the exit code."""
+    process = forked.Process(target=command, args=(given, str(output)))
+    process.start()
+    process.join(kill_after)
+    if process.is_alive():
+        process.kill()
+    process.join()
+    return process.exitcode
+
+
+def finished(out):
+    """When each finished report was written, by name."""
+    return {file.parent.name: file.stat().st_mtime_ns for file in out.glob("[!.]*/report.json")}
+
+
+def scores(out):
+    table = pd.read_parquet(out / "scores.parquet")
+    return table.sort_values(["slug", "method", "position"], ignore_index=True)
+
+
+def test_killed_at_ten_random_moments_it_goes_on_and_ends_as_if_nothing_had_happened(
+    prompts, tmp_path, tiny_folder, quick_notebook
+):
+    given = arguments(prompts, tmp_path / "whole", tiny_folder, quick_notebook())
+    began = time.monotonic()
+    assert run(given, tmp_path / "log") == 0
+    took = time.monotonic() - began
+
+    given = arguments(prompts, tmp_path / "killed", tiny_folder, quick_notebook())
+    out, kept, kills = tmp_path / "killed", {}, 0
+    moments = random.Random(time.time_ns())
+    for _ in range(10):
+        moment = moments.uniform(0, took)
+        code = run(given, tmp_path / "log", kill_after=moment)
+        kills += code == -signal.SIGKILL
+        now = finished(out)
+        assert kept.items() <= now.items(), f"a finished report was lost or redone at {moment}"
+        for name in now:
+            assert {"report.html", "report.ipynb", "scores.csv"} <= {
+                path.name for path in (out / name).iterdir()
+            }
+        kept = now
+    assert kills >= 1
+    assert run(given, tmp_path / "log") == 0
+    assert kept.items() <= finished(out).items() and len(finished(out)) == len(WORDS)
+    pd.testing.assert_frame_equal(scores(out), scores(tmp_path / "whole"), check_exact=True)
+    names = [{path.name for path in folder.iterdir()} for folder in (out, tmp_path / "whole")]
+    assert names[0] == names[1] and not [name for name in names[0] if UNFINISHED in name]
+
+
+def test_only_what_changed_is_run_again(prompts, tmp_path, tiny_folder, quick_notebook):
+    out = tmp_path / "out"
+    some = prompts.with_name("some.yml")
+    some.write_text("- The keys to\n- {id: fails, prompt: This fails}\n- The doors to\n")
+    notebook = quick_notebook("if prompt == 'This fails': 1 / 0")
+    given = arguments(some, out, tiny_folder, notebook)
+    assert run(given, tmp_path / "log") == 1
+    first = finished(out)
+    some.write_text("- The doors to\n- {id: fails, prompt: This works}\n- The boats to\n")
+    assert run(given, tmp_path / "log") == 0  # the failed one stands for another question now
+    second = finished(out)
+    assert first.items() - second.items() == {("fails", first["fails"])}
+    assert set(second) == {"the-keys-to", "the-doors-to", "the-boats-to", "fails"}
+    told = (tmp_path / "log").read_text()
+    assert "2 of 3 reports done, 1 failed." in told
+    assert "2 of 2 reports done, 0 failed, 1 finished before." in told
+    given = arguments(some, out, tiny_folder, quick_notebook("print('another notebook')"))
+    assert run(given, tmp_path / "log") == 0
+    third = finished(out)
+    assert {name for name in third if third[name] == second[name]} == {"the-keys-to"}
+
+
+def test_a_run_stopped_by_ctrl_c_says_what_it_has(prompts, tmp_path, tiny_folder, quick_notebook):
+    out = tmp_path / "out"
+    # a report takes long enough for the signal to arrive in the middle of the second
+    notebook = quick_notebook("import time; time.sleep(2)")
+    given = [sys.executable, "-m", "helpers.reports"]
+    given += arguments(prompts, out, tiny_folder, notebook)
+    process = subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not finished(out) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    told, complaints = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"of {len(WORDS)} reports done, 0 failed." in told and "Open" in told
+    assert "the same command goes on" in complaints and "Traceback" not in complaints
+    assert len(finished(out)) == len(scores(out)["slug"].unique()) < len(WORDS)
+    assert not list(out.glob(f"{UNFINISHED}*"))
+
+
+def test_a_full_disk_is_one_sentence_and_what_was_finished_stays(
+    prompts, tmp_path, tiny_folder, quick_notebook
+):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    try:
+        probe = ["unshare", "-rm", "sh", "-c", f"mount -t tmpfs -o size=1m tmpfs {disk}"]
+        if subprocess.run(probe, capture_output=True).returncode:
+            pytest.skip("this system lets us mount no small disk to fill")
+    except FileNotFoundError:
+        pytest.skip("no unshare on this system, to mount a small disk with")
+    # each report writes half of a megabyte; the disk holds the first and not the last
+    notebook = quick_notebook("(Path(output_dir) / 'more.bin').write_bytes(bytes(500_000))")
+    given = arguments(prompts, disk / "out", tiny_folder, notebook)
+    inside = (
+        f"mount -t tmpfs -o size=3m tmpfs {disk} && "
+        f"{sys.executable} -m helpers.reports {' '.join(given)}; code=$?; "
+        f"ls -A {disk}/out > {tmp_path}/left; cp {disk}/out/*/report.json {tmp_path}; exit $code"
+    )
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", inside], capture_output=True, text=True)
+    told = [line for line in done.stderr.splitlines() if line.startswith("Error")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert len(told) == 1 and "The disk is full" in told[0] and "make room" in told[0]
+    left = (tmp_path / "left").read_text().split()
+    assert [name for name in left if name.startswith("the-")]
+    assert not [name for name in left if name.startswith(UNFINISHED)]
+    assert json.loads((tmp_path / "report.json").read_text())["error"] is None
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    (tmp_path / f"{UNFINISHED}x").mkdir()
+    with only_writer(tmp_path):
+        assert not (tmp_path / f"{UNFINISHED}x").exists()  # left by a run that was killed
+        with pytest.raises(InputError, match="Another run is writing"), only_writer(tmp_path):
+            pass
+    with only_writer(tmp_path):
+        pass

@@ -1,0 +1,442 @@
+"""Scores without notebooks: the tables, what a kill leaves, and what three libraries read."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from helpers import InputError, ask, attribute
+from helpers.ground_truth import FAMILIES, cases
+from helpers.reports import scores as module
+from helpers.reports.scores import (
+    DEFAULT_METHODS,
+    EVIDENCE,
+    PROMPTS,
+    SCORES,
+    chunks,
+    discard_unfinished,
+    finished_ids,
+    score_part,
+)
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "scores.md"
+WORDS = ["The", "keys", "to", "the", "old", "cabinet", "are", "in", "Riga", "not", "Oslo"]
+ODD = "tab\tnul\x00 line\r\nquote'\" 你好 🙂 مرحبا NA \N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What score_part reads of a job of helpers.reports.jobs."""
+
+    identity: str
+    prompt: str
+    parameters: dict = field(default_factory=dict)
+    slug: str = ""
+    tokens: int = 0
+
+
+def job(prompt, tokens=None, **parameters):
+    identity = hashlib.sha256(repr((prompt, parameters)).encode()).hexdigest()
+    return Job(identity, prompt, parameters, tokens=len(prompt) if tokens is None else tokens)
+
+
+def some_jobs(count):
+    """Prompts of several lengths, each of its own id; targets, foils and chat among them."""
+    kinds = [{}, {"target": "a", "foil": "b"}, {"foil": "z"}, {"chat": True}]
+    return [
+        Job(
+            f"{number:064x}",
+            " ".join(WORDS[number % 5 : number % 5 + 2 + number % 3]) + f" {number % 7}",
+            kinds[number % 4],
+            slug=f"number-{number}",
+            tokens=number % 5,
+        )
+        for number in range(count)
+    ]
+
+
+def read(out, table):
+    """All rows of a table, in one order, whatever the parts."""
+    found = pd.read_parquet(out / table)
+    if "method" in found:
+        found["method"] = found["method"].astype(str)
+    keys = [key for key in ("method", "id", "position") if key in found]
+    return found.sort_values(keys, ignore_index=True)
+
+
+def same_tables(out, expected):
+    for table in ("scores", "evidence", "prompts"):
+        both = [
+            read(folder, table).drop(columns="seconds", errors="ignore")
+            for folder in (out, expected)
+        ]
+        pd.testing.assert_frame_equal(*both, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def scored(tiny_folder, tmp_path_factory):
+    """``(jobs, folder, facts)``: forty jobs in parts of ten, with occlusion among the methods."""
+    out, jobs = tmp_path_factory.mktemp("scored"), [*some_jobs(39), job(ODD)]
+    methods = (*DEFAULT_METHODS, "occlusion")
+    facts = [
+        score_part(part, out, model=str(tiny_folder), methods=methods) for part in chunks(jobs, 10)
+    ]
+    return jobs, out, facts
+
+
+# --- what is written ---------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_each_prompt_alone(scored, tiny):
+    jobs, out, _ = scored
+    scores, prompts = read(out, "scores"), read(out, "prompts").set_index("id")
+    evidence = read(out, "evidence").set_index(["method", "id"])
+    assert set(scores["method"]) == {*DEFAULT_METHODS, "occlusion"}
+    for one in jobs:
+        question = ask(*tiny, one.prompt, **one.parameters)
+        losses = attribute(tiny[0], question, "occlusion").scores
+        row = prompts.loc[one.identity]
+        assert (row["prompt"], row["slug"]) == (one.prompt, one.slug) and pd.isna(row["error"])
+        assert (row["target_id"], row["target"]) == (question.target, question.target_label)
+        assert row["target_given"] == ("target" in one.parameters)
+        assert row["chat"] == one.parameters.get("chat", False)
+        assert question.foil is None or row["foil_id"] == question.foil
+        for method in set(scores["method"]):
+            mine = scores[(scores["method"] == method) & (scores["id"] == one.identity)]
+            single = attribute(tiny[0], question, method)
+            largest = float(single.scores.abs().max())
+            assert list(mine["position"]) == list(range(len(question.labels)))
+            assert list(mine["token"]) == question.labels
+            assert list(mine["token_id"]) == question.input_ids[0].tolist()
+            found = torch.tensor(mine["score"].to_numpy())
+            assert (found - single.scores).abs().max() <= 1e-4 * largest
+            row = evidence.loc[(method, one.identity)]
+            assert row["evaluations"] == single.evaluations and row["seconds"] >= 0
+            assert row["forwards"] == single.forwards and row["signed"] == single.signed
+            assert row["strongest_loss"] == pytest.approx(float(losses[row["strongest"]]), abs=1e-3)
+            assert row["mean_loss"] == pytest.approx(float(losses.mean()), abs=1e-3)
+            assert row["most_loss"] == pytest.approx(float(losses.max()), abs=1e-3)
+            assert pd.isna(row["gap"]) == (single.gap is None)
+
+
+def test_the_facts_are_those_of_the_files(scored):
+    jobs, out, facts = scored
+    assert sum(fact["prompts"] for fact in facts) == len(jobs) == len(read(out, "prompts"))
+    assert sum(fact["tokens"] for fact in facts) == read(out, "prompts")["tokens"].sum()
+    assert sum(fact["failed"] for fact in facts) == 0
+    assert sum(fact["bytes"] for fact in facts) == sum(
+        file.stat().st_size for file in out.rglob("*.parquet")
+    )
+    assert set(facts[0]["seconds"]) == {"loading", "asking", "attributing", "writing"}
+
+
+def test_ids_that_are_done_are_left_out_and_new_ones_added(scored, tiny_folder, tmp_path):
+    jobs, out, _ = scored
+    assert finished_ids(out) == {one.identity for one in jobs}
+    assert finished_ids(tmp_path) == set()
+    assert list(chunks(jobs, 10, done=finished_ids(out))) == []
+    for part in chunks(jobs[:4], 10):
+        score_part(part, tmp_path, model=str(tiny_folder), methods=["random"])
+    for part in chunks(jobs[:9], 10, done=finished_ids(tmp_path)):
+        score_part(part, tmp_path, model=str(tiny_folder), methods=["random"])
+    assert sorted(read(tmp_path, "prompts")["id"]) == sorted(one.identity for one in jobs[:9])
+    assert not read(tmp_path, "scores").duplicated(["method", "id", "position"]).any()
+
+
+def test_a_job_may_have_methods_of_its_own(tiny_folder, tmp_path):
+    jobs = [job("Riga is in"), job("Oslo is in", methods=["attention", "shapley"])]
+    score_part(jobs, tmp_path, model=str(tiny_folder), methods=["saliency"])
+    found = read(tmp_path, "scores").groupby("id")["method"].unique()
+    assert list(found[jobs[0].identity]) == ["saliency"]
+    assert sorted(found[jobs[1].identity]) == ["attention", "shapley"]
+    prompts = read(tmp_path, "prompts").set_index("id")
+    assert list(prompts.loc[jobs[1].identity, "methods"]) == ["attention", "shapley"]
+    errors = read(tmp_path, "scores").groupby("method")["error"].count()
+    assert errors["shapley"] == len("Oslo is in") and errors["saliency"] == 0
+
+
+def test_neither_threads_nor_anything_else_of_torch_is_left_changed(tiny_folder, tmp_path):
+    before = torch.get_num_threads()
+    score_part([job("a")], tmp_path, model=str(tiny_folder), methods=["random"], threads=before + 1)
+    assert torch.get_num_threads() == before
+
+
+# --- what goes wrong ---------------------------------------------------------------------------
+
+
+def test_a_bad_prompt_has_its_error_and_the_others_their_scores(tiny_folder, tmp_path, tiny):
+    own = ask(*tiny, "Riga is in").target
+    bad = [
+        job(" "),
+        job("half \ud800"),
+        job("a", target="two"),
+        job("a", foil="\udc00"),
+        job("a" * 3000),
+        job("Riga is in", foil=own),
+    ]
+    good = [job("Riga is in"), job(ODD)]
+    facts = score_part([*bad, *good], tmp_path, model=str(tiny_folder))
+    assert (facts["prompts"], facts["failed"]) == (8, 6)
+    prompts = read(tmp_path, "prompts").set_index("id")
+    for one in bad:
+        assert prompts.loc[one.identity, "error"]
+        assert pd.isna(prompts.loc[one.identity, "target_id"])
+    for one in good:
+        assert pd.isna(prompts.loc[one.identity, "error"])
+        assert prompts.loc[one.identity, "prompt"] == one.prompt
+    assert set(read(tmp_path, "scores")["id"]) == {one.identity for one in good}
+    assert finished_ids(tmp_path) == {one.identity for one in [*bad, *good]}
+
+
+def test_one_prompt_that_breaks_a_batch_fails_alone(tiny_folder, tmp_path, tiny):
+    jobs = some_jobs(12)
+    poison = ask(*tiny, jobs[5].prompt, **jobs[5].parameters).input_ids
+    model, _, _ = module._loaded(str(tiny_folder), "float32")
+
+    def break_on_poison(module, args, ids):
+        if ids.shape[1] == poison.shape[1] and bool((ids == poison).all(dim=1).any()):
+            raise RuntimeError("poisoned")
+
+    embed = model.get_input_embeddings()
+    handle = embed.register_forward_hook(
+        lambda module, args, out: break_on_poison(module, args, args[0])
+    )
+    try:
+        facts = score_part(jobs, tmp_path, model=str(tiny_folder))
+    finally:
+        handle.remove()
+    assert facts["failed"] == 1
+    prompts = read(tmp_path, "prompts").set_index("id")
+    assert prompts.loc[jobs[5].identity, "error"] == "RuntimeError: poisoned"
+    assert prompts["error"].isna().sum() == 11
+
+
+def test_a_fault_of_every_prompt_is_no_fault_of_theirs(tiny_folder, tmp_path):
+    model, _, _ = module._loaded(str(tiny_folder), "float32")
+
+    def fail(module, args):
+        raise RuntimeError("the machine is ill")
+
+    handle = model.model.layers[0].register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="ill"):
+            score_part(some_jobs(3), tmp_path, model=str(tiny_folder))
+    finally:
+        handle.remove()
+    assert not list(tmp_path.rglob("*.parquet")) and finished_ids(tmp_path) == set()
+
+
+def test_a_method_or_a_model_that_will_not_do_is_refused(tiny_folder, tmp_path):
+    with pytest.raises(InputError, match="astrology"):
+        score_part([job("a")], tmp_path, model=str(tiny_folder), methods=["astrology"])
+    with pytest.raises(InputError, match="no model folder"):
+        score_part([job("a")], tmp_path, model=str(tmp_path / "none"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_tables_of_another_version_are_refused(scored, tmp_path):
+    _, out, _ = scored
+    (tmp_path / "prompts").mkdir()
+    table = pq.read_table(next(out.glob("prompts/*.parquet")), partitioning=None)
+    other = table.replace_schema_metadata({module.VERSION_KEY: b"0"})
+    pq.write_table(other, tmp_path / "prompts" / "part-0.parquet")
+    with pytest.raises(InputError, match="version 0"):
+        finished_ids(tmp_path)
+    (tmp_path / "prompts" / "part-0.parquet").write_bytes(b"not a table")
+    with pytest.raises(InputError, match="not one of our"):
+        finished_ids(tmp_path)
+
+
+# --- killed ------------------------------------------------------------------------------------
+
+RUN = """
+import os, signal, sys, time
+from helpers.reports import files, scores
+from test_scores import some_jobs
+import torch
+torch.set_num_threads(1)
+model, expected = sys.argv[1:3]
+
+def run(out, writes=None):
+    "In a child: its exit status, and how long it took. After ``writes`` files it kills itself."
+    began, child = time.time(), os.fork()
+    if child == 0:
+        done = []
+        def write(path, content):
+            if len(done) == writes:
+                os.kill(os.getpid(), signal.SIGKILL)
+            files.write_whole(path, content)
+            done.append(path)
+        scores.write_whole = write
+        known = scores.finished_ids(out)
+        for part in scores.chunks(some_jobs(24), 8, done=known):
+            scores.score_part(part, out, model=model, methods=["relevance", "random"])
+        os._exit(0)
+    return began, child
+
+def finish(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+scores._loaded(model, "float32")  # forked with the model, so that a run is short
+began, child = run(expected)
+assert finish(child) == 0
+whole = time.time() - began
+for number, out in enumerate(sys.argv[3:]):
+    if number < 6:  # between any two files of the first part, and after its last
+        began, child = run(out, writes=number)
+        assert finish(child) == -signal.SIGKILL
+    else:
+        for share in (0.25, 0.5, 0.75):
+            began, child = run(out)
+            time.sleep(whole * share * (number - 5) / 2)
+            os.kill(child, signal.SIGKILL)
+            finish(child)
+    print(number, len(scores.finished_ids(out)))
+    began, child = run(out)
+    assert finish(child) == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process as POSIX does")
+def test_killed_at_any_moment_the_next_run_ends_as_an_uninterrupted_one(tiny_folder, tmp_path):
+    """Killed between any two writes, and by the clock; a third of the prompts is one part."""
+    outs = [tmp_path / f"killed-{number}" for number in range(8)]
+    command = [sys.executable, "-c", RUN, tiny_folder, tmp_path / "whole", *outs]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    finished = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    assert finished[:6] == [0] * 5 + [8], "nothing counts before the last file, all does after it"
+    for out in outs:
+        names = [sorted(p.relative_to(o) for p in o.rglob("part-*")) for o in (out, outs[5])]
+        assert names[0] == names[1]
+        same_tables(out, tmp_path / "whole")
+        assert not read(out, "scores").duplicated(["method", "id", "position"]).any()
+
+
+def test_what_a_killed_run_left_is_cleared_and_what_is_finished_kept(scored, tmp_path):
+    _, out, _ = scored
+    for file in out.rglob("*.parquet"):
+        copy = tmp_path / file.relative_to(out)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    before = sorted(tmp_path.rglob("*"))
+    left = [
+        tmp_path / "scores" / "method=random" / "part-0123456789abcdef.parquet",
+        tmp_path / "evidence" / "method=random" / ".part-0123456789abcdef.parquet-x1",
+        tmp_path / "prompts" / ".part-0123456789abcdef.parquet-x1",
+    ]
+    for file in left:
+        file.write_bytes(b"half of it")
+    assert len(pd.read_parquet(tmp_path / "prompts")) == 40  # a hidden file is not read
+    discard_unfinished(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# --- parts -------------------------------------------------------------------------------------
+
+
+def test_parts_hold_like_lengths_and_every_job_once():
+    jobs = [job(f"{n}", tokens=n * 7919 % 60) for n in range(1000)]  # 60 lengths, 8 parts
+    parts = list(chunks(iter(jobs), 50, window=400))
+    assert sorted(j.identity for part in parts for j in part) == sorted(j.identity for j in jobs)
+    assert [len(part) for part in parts] == [50] * 20
+    assert max(len({j.tokens for j in part}) for part in parts[:16]) <= 10
+    assert list(chunks(jobs[:400][::-1], 50, window=400)) == parts[:8]  # whatever the order
+
+
+def test_a_stream_is_read_a_window_at_a_time():
+    taken = []
+
+    def stream():
+        for number in range(10**6):
+            taken.append(number)
+            yield job("a", tokens=number % 9)
+
+    next(chunks(stream(), 50, window=200))
+    assert len(taken) == 200
+
+
+def test_a_part_is_named_by_its_ids_alone():
+    jobs = some_jobs(5)
+    assert module._digest(jobs) == module._digest(jobs[::-1]) != module._digest(jobs[:4])
+
+
+# --- the documentation -------------------------------------------------------------------------
+
+
+def python_blocks():
+    return re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_pandas_polars_and_duckdb_read_the_same_as_documented(scored):
+    _, out, _ = scored
+    names = {"out": out}
+    for block in python_blocks():
+        exec(block, names)
+    found = [names["by_pandas"], names["by_polars"].to_pandas(), names["by_duckdb"]]
+    tables = [
+        table.astype({"method": str}).sort_values(["method", "token"], ignore_index=True)
+        for table in found
+    ]
+    assert len(tables[0]) > 5 * 20
+    for other in tables[1:]:
+        pd.testing.assert_frame_equal(
+            tables[0], other[list(tables[0])], check_dtype=False, rtol=1e-4, atol=1e-4
+        )
+    joined = names["joined"]
+    assert set(joined["method"]) == {"relevance"} and set(joined["prompt"]) >= {ODD}
+
+
+def test_polars_and_duckdb_round_trip_every_character(scored):
+    import polars as pl
+
+    _, out, _ = scored
+    by_polars = pl.read_parquet(out / "prompts" / "*.parquet")["prompt"].to_list()
+    by_duckdb = duckdb.execute(
+        "SELECT prompt FROM read_parquet(?)", [f"{out}/prompts/*.parquet"]
+    ).fetchall()
+    assert ODD in by_polars and (ODD,) in by_duckdb
+
+
+@pytest.mark.parametrize(
+    ("table", "schema"), [("prompts", PROMPTS), ("scores", SCORES), ("evidence", EVIDENCE)]
+)
+def test_the_documented_columns_are_the_files(scored, table, schema):
+    _, out, _ = scored
+    section = DOCS.read_text(encoding="utf-8").split(f"### {table}\n")[1].split("\n##")[0]
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+?) \| (.+?) \|$", section, re.MULTILINE)
+    documented = [(name, kind) for name, kind, _ in rows if kind != "folder's name"]
+    written = pq.read_schema(next((out / table).rglob("*.parquet")))
+    assert documented == [
+        (column.name, f"{column.type}, null" if column.nullable else str(column.type))
+        for column in written
+    ]
+    assert written.equals(schema) and all(meaning for *_, meaning in rows)
+    assert written.metadata[module.VERSION_KEY].decode() == module.SCHEMA_VERSION
+    assert f"version of this schema is `{module.SCHEMA_VERSION}`" in DOCS.read_text("utf-8")
+    assert isinstance(written, pa.Schema)
+
+
+# --- the benchmark -----------------------------------------------------------------------------
+
+
+def test_the_benchmark_takes_its_short_prompts_from_the_reporting_half(bundled):
+    sys.path.insert(0, str(DOCS.parents[1] / "benchmarks"))
+    from scores import SHORT, short_jobs
+
+    jobs = short_jobs(bundled[1], 500)
+    reporting = {case.prompt for family in FAMILIES for case in cases(family, "reporting")}
+    assert len({one.identity for one in jobs}) == 500
+    assert {one.prompt for one in jobs} <= reporting and {one.tokens for one in jobs} <= set(SHORT)
+    assert sum("foil" in one.parameters for one in jobs) == 250
