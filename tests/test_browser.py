@@ -310,9 +310,11 @@ def test_no_text_acts_in_a_report(page, tmp_path):
         facts = {"prompt": text, "error": text if i % 2 else None}
         file.write_text(report_page(notebook, facts), encoding="utf-8")
         page.goto(file.as_uri())
+        acting = "script, iframe, object, form, [style]"
         prompts, errors, acting = page.evaluate(
-            """["blockquote.prompt-text", "header bdi", "script, iframe, object, form, [style]"].map(
-              (what) => [...document.querySelectorAll(what)].map((each) => each.textContent))"""
+            "(asked) => asked.map((what) => [...document.querySelectorAll(what)].map("
+            "(each) => each.textContent))",
+            ["blockquote.prompt-text", "header bdi", acting],
         )
         assert prompts[0] == as_shown(text) and errors == [as_shown(text)] * (i % 2)
         assert acting == [] and "taken" not in page.title().replace("title='taken'", "")

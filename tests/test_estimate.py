@@ -140,12 +140,12 @@ def test_more_and_longer_prompts_take_more(planned):
     def of(*prompts, **options):
         return estimate(planned(*prompts), machine=MACHINE, **options)
 
-    one, two, long = of("abc"), of("abc", "abd"), of("abc" * 50)
+    one, two, long = of("abc"), of("abc", "xyz"), of("abc" * 50)
     assert one.seconds < two.seconds and one.seconds < long.seconds
     assert one.memory == two.memory and one.disk < two.disk and one.disk < long.disk
     fewer = estimate(planned("abc", methods=["saliency"]), machine=MACHINE)
     assert fewer.seconds < one.seconds and fewer.memory < one.memory
-    pair = of("abc", "abd", workers=2)
+    pair = of("abc", "xyz", workers=2)
     assert pair.seconds == pytest.approx(one.seconds) and pair.memory > two.memory
     assert of("abc", workers=8) == one  # one prompt keeps one worker busy
 
@@ -160,7 +160,8 @@ def test_scores_alone_take_less_than_reports(planned):
     jobs = planned(*[f"prompt {i:03}" for i in range(100)], folders=False)
     scores = estimate(jobs, machine=MACHINE, scores_only=True)
     assert 0 < scores.seconds < estimate(jobs, machine=MACHINE).seconds / 10
-    assert scores.first[0] == "prompt 000"  # they have no folders
+    assert scores.text.startswith("100 prompts would run:\n  prompt 000\n")  # without folders
+    assert 0 < scores.disk < estimate(jobs, machine=MACHINE).disk / 100
 
 
 def report(out, job, **facts):
@@ -172,7 +173,7 @@ def report(out, job, **facts):
 
 def test_what_is_finished_takes_nothing(planned, tmp_path):
     out = tmp_path / "out"
-    jobs = planned("abc", "abd", out=out)
+    jobs = planned("abc", "xyz", out=out)
     for job in jobs:
         report(out, job, seconds=1.0)
     nothing = estimate(jobs, out)  # and measures nothing

@@ -21,7 +21,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from helpers import InputError
-from helpers.reports import find_notebook, plan, read_entries, write_index
+from helpers.reports import find_notebook, plan, read_entries, run_report, write_index
 from helpers.reports.files import write_whole
 from helpers.reports.pages import report_page
 
@@ -171,7 +171,7 @@ def test_a_run_leaves_whole_reports_and_a_failure_is_kept(reports):
     assert done.returncode == 1, done.stderr
     assert "1 failed" in done.stdout and str(folder / "index.html") in done.stdout
     assert "failed: fails" in done.stderr and "Traceback" not in done.stderr
-    assert sorted(p.name for p in folder.iterdir() if p.name.startswith(".")) == []
+    assert sorted(p.name for p in folder.iterdir() if p.name.startswith(".")) == [".lock"]
     for slug in ("plain", "hostile"):
         names = {path.name for path in (folder / slug).iterdir()}
         assert {"report.ipynb", "report.html", "scores.csv", "figures", "provenance.json"} <= names
@@ -201,6 +201,28 @@ def test_reports_hold_no_local_path_and_no_user(reports):
         if path.is_file():
             content = path.read_bytes()
             assert not [p for p in private if p.encode() in content], path
+
+
+def test_reports_hold_no_secret_of_the_environment(reports):
+    folder, _ = reports
+    secret = b"hf_abcdefghijklmnop"  # conftest puts it in SOME_SERVICE_TOKEN
+    assert not [p for p in folder.rglob("*") if p.is_file() and secret in p.read_bytes()]
+
+
+def test_a_secret_that_a_notebook_prints_is_struck_out(
+    tmp_path, quick_notebook, tiny_folder, monkeypatch
+):
+    monkeypatch.setenv("SOME_SERVICE_TOKEN", "hf_abcdefghijklmnop")
+    notebook = quick_notebook(
+        "import os, pathlib; print(os.environ['SOME_SERVICE_TOKEN'], pathlib.Path.home())",
+        "raise ValueError(os.environ['SOME_SERVICE_TOKEN'])",
+    )
+    (job,) = plan(prompts_file(tmp_path, "- Hi"), model=str(tiny_folder), notebook=str(notebook))
+    facts = run_report(job, tmp_path / "out", str(tiny_folder))
+    assert facts["error"] == "ValueError: …"
+    for name in ("report.html", "report.ipynb", "report.json"):
+        written = (tmp_path / "out" / "hi" / name).read_text(encoding="utf-8")
+        assert "hf_abcdefghijklmnop" not in written and str(Path.home()) not in written, name
 
 
 def test_provenance_names_what_the_numbers_depend_on(reports):
@@ -247,7 +269,8 @@ def command(*arguments):
 
 def test_help_names_every_option():
     shown = command("--help").stdout
-    for option in ("PROMPTS", "--out", "--model", "--notebook", "--method", "--dtype"):
+    options = "--out --model --notebook --method --dtype --workers --scheduler --threads"
+    for option in ["PROMPTS", *options.split(), "--scores-only", "--dry-run"]:
         assert option in shown
 
 
@@ -259,6 +282,7 @@ def test_help_names_every_option():
         (["{good}", "--method", "magic"], "There is no method"),
         (["{good}", "--dtype", "int3"], "dtype 'int3' is unknown"),
         (["{good}", "--notebook", "../secret"], "There is no notebook"),
+        (["{good}", "--workers", "2", "--scheduler", "tcp://x:1"], "give one"),
     ],
 )
 def test_bad_input_is_one_message_without_a_traceback(tmp_path, arguments, complaint):

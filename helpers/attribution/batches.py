@@ -6,6 +6,7 @@ in for the output layer (``AnswerHeads``); every method then sees the same quest
 target 0, foil 1.
 """
 
+import contextlib
 import time
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from helpers.attribution import METHODS, Attribution, attribute
 from helpers.attribution.engine import (
@@ -31,7 +33,12 @@ from helpers.attribution.engine import (
 )
 from helpers.attribution.path import baseline_embeds, completeness_gap
 from helpers.attribution.perturbation import FULL_PASS
-from helpers.attribution.relevance import relevance_rules
+from helpers.attribution.relevance import (
+    attention_rule,
+    identity_rule,
+    product_rule,
+    relevance_rules,
+)
 from helpers.errors import InputError
 from helpers.questions import Question, check_question, token_labels
 
@@ -114,7 +121,8 @@ def attribute_many(model, questions, methods):
     In the order of ``questions``, whose ``target`` may be ``None`` for the model's own next token.
     The scores are those of ``attribute`` on each question, to float32's rounding, and so are
     ``gap``, ``evaluations`` and ``forwards``. ``seconds`` is a pass's time shared evenly among its
-    rows; saliency and gradient x input read the same gradient, and each counts half of its time.
+    rows, and among the methods that it gave: saliency and gradient x input read the same gradient,
+    and relevance goes back from the same forward pass.
 
     Methods that have no form for many prompts, and all methods on a model whose output layer is
     not a plain matrix, run one question at a time. The model is left as it was found.
@@ -140,18 +148,24 @@ def attribute_many(model, questions, methods):
             def run(some):
                 return _run_batch(model, [questions[place] for place in some], together)
 
-            found = [answer for some in in_batches(model, run, places, seq) for answer in some]
+            # two ways back keep most of what two passes would
+            room = 2 * seq if _gradients_and_relevance in _passes(together) else seq
+            found = [answer for some in in_batches(model, run, places, room) for answer in some]
             answers.update(zip(places, found, strict=True))
-    for place, question in enumerate(questions):
-        answer = answers[place]
-        if answer.target == question.foil:
-            answer.results.clear()
-        else:
-            single = replace(question, target=answer.target)
-            for method in methods:
-                if method not in together:
-                    answer.results[method] = attribute(model, single, method)
-    return [answers[place] for place in range(len(questions))]
+    return [
+        _with_the_rest(model, question, answers[place], methods)
+        for place, question in enumerate(questions)
+    ]
+
+
+def _with_the_rest(model, question, answer, methods):
+    """``answer`` with the results of all ``methods``, in their order; those it lacks run singly."""
+    if answer.target == question.foil:
+        return replace(answer, results={})
+    single = replace(question, target=answer.target)
+    known = answer.results
+    results = {m: known[m] if m in known else attribute(model, single, m) for m in methods}
+    return replace(answer, results=results)
 
 
 def _refuse_unsupported(model, question, methods):
@@ -176,15 +190,22 @@ def _run_batch(model, questions, methods):
     if head is not None:
         heads = AnswerHeads(head, questions, predictions)
         with output_layer(model, heads):
-            for method in methods:
-                if method not in results[0]:
-                    _add_results(results, methods, BATCHED[method], model, input_ids, questions)
+            for run in _passes(methods):
+                _add_results(results, methods, run, model, input_ids, questions)
             if heads.predictions is None:  # no method ran the model
                 _next_logits(model, input_ids)
         predictions = heads.predictions
     return [
         Answered(*prediction, found) for prediction, found in zip(predictions, results, strict=True)
     ]
+
+
+def _passes(methods):
+    """The functions that give ``methods``, each once."""
+    if "relevance" in methods and {"saliency", "gradient_x_input"} & set(methods):
+        rest = [name for name in methods if BATCHED[name] not in (_gradients, _relevance)]
+        return [_gradients_and_relevance, *dict.fromkeys(BATCHED[name] for name in rest)]
+    return list(dict.fromkeys(BATCHED[name] for name in methods))
 
 
 def _next_logits(model, input_ids):
@@ -281,7 +302,10 @@ def _attributions(scores, gaps=None, **evidence):
 def _gradients(model, input_ids, questions):
     """Saliency and gradient x input, of one gradient."""
     embeds = _embed(model, input_ids)
-    grad = objective_gradient(model, embeds, ROWS)
+    return _of_gradient(embeds, objective_gradient(model, embeds, ROWS))
+
+
+def _of_gradient(embeds, grad):
     return {
         "saliency": _attributions(grad.norm(dim=-1), evaluations=1, signed=False),
         "gradient_x_input": _attributions((grad * embeds).sum(dim=-1), evaluations=1),
@@ -293,11 +317,74 @@ def _relevance(model, input_ids, questions):
     with relevance_rules(model):
         values = objective(model, embeds, ROWS)  # [rows]
         (slope,) = torch.autograd.grad(values.sum(), embeds)
-    scores = (slope.float() * embeds.detach().float()).sum(dim=-1)  # [rows, seq]
-    gaps = [
-        completeness_gap(*both) for both in zip(scores.cpu(), values.detach().cpu(), strict=True)
-    ]
+    return _of_slope(embeds.detach(), slope, values.detach())
+
+
+def _of_slope(embeds, slope, values):
+    scores = (slope.float() * embeds.float()).sum(dim=-1)  # [rows, seq]
+    gaps = [completeness_gap(*both) for both in zip(scores.cpu(), values.cpu(), strict=True)]
     return {"relevance": _attributions(scores, gaps, evaluations=1)}
+
+
+def _gradients_and_relevance(model, input_ids, questions):
+    """Both of the above, of one forward pass and two backward ones: relevance changes no value."""
+    embeds = _embed(model, input_ids).requires_grad_(True)
+    with switchable_rules(model) as switch:
+        values = objective(model, embeds, ROWS)  # [rows]
+        (grad,) = torch.autograd.grad(values.sum(), embeds, retain_graph=True)
+        switch.on = True
+        (slope,) = torch.autograd.grad(values.sum(), embeds)
+    embeds = embeds.detach()
+    return _of_gradient(embeds, grad) | _of_slope(embeds, slope, values.detach())
+
+
+@contextlib.contextmanager
+def switchable_rules(model):
+    """``relevance_rules`` that can be switched on between a forward pass and a backward one.
+
+    Gives an object with ``on``, false at first: what is then handed back is the gradient.
+    """
+    switch = SimpleNamespace(on=False)
+
+    def either(value, ruled):
+        return Either.apply(value, ruled, switch)
+
+    def after(module, args, out):
+        return either(out, identity_rule(module, args, out))
+
+    def before(module, args):
+        return (either(*args, *product_rule(module, args)),)
+
+    def attend_by_either(module, query, key, value, mask, **options):
+        def attend(module, *ruled, **options):
+            *ruled, mask = ruled
+            inputs = [either(*both) for both in zip((query, key, value), ruled, strict=True)]
+            return sdpa(module, *inputs, mask, **options)
+
+        return attention_rule(attend)(module, query, key, value, mask, **options)
+
+    with contextlib.ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, LlamaRMSNorm):
+                hooks.callback(module.register_forward_hook(after).remove)
+            elif isinstance(module, LlamaMLP):
+                hooks.callback(module.act_fn.register_forward_hook(after).remove)
+                hooks.callback(module.down_proj.register_forward_pre_hook(before).remove)
+        hooks.enter_context(attending(model, attend_by_either))
+        yield switch
+
+
+class Either(torch.autograd.Function):
+    """A value with two ways back: through ``value``, or with the switch on through ``ruled``."""
+
+    @staticmethod
+    def forward(ctx, value, ruled, switch):
+        ctx.switch = switch
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (None, grad, None) if ctx.switch.on else (grad, None, None)
 
 
 def _occlusion(model, input_ids, questions):

@@ -38,7 +38,8 @@ EFFICIENCY = 0.85  # of the rate of matrix products, over all that a pass does
 READING = 0.5  # of the speed at which one large matrix is read, over the weights of all layers
 START = 5.0  # seconds until a worker has imported everything and has the model
 FIXED = 2.5, 0.08  # seconds of a report beside the model's, and those a token: figures, pages
-DISK = 1_500_000, 15_000  # bytes of a report's folder, and those a token
+DISK = 1_450_000, 75_000  # bytes of a report's folder, and those a token
+SCORE = 16  # bytes of a score on disk, and of what stands beside it
 PROCESS = 600_000_000  # bytes of a process that has imported everything, without a model
 
 
@@ -108,9 +109,9 @@ class Machine:
 class Estimate:
     """What a plan takes. ``seconds`` of a clock on the wall, ``memory`` and ``disk`` in bytes.
 
-    ``memory`` is the most that all processes hold together. ``disk`` is ``None`` where there is no
-    telling. ``first`` are the names of the first reports to run, ``basis`` is in words what all of
-    this rests on, and ``text`` is what ``--dry-run`` prints.
+    ``memory`` is the most that all processes hold together. ``first`` are the names of the first
+    reports to run, ``replaced`` counts those that take the place of another question's, ``basis``
+    is in words what all of this rests on, and ``text`` is what ``--dry-run`` prints.
     """
 
     to_run: int
@@ -118,14 +119,15 @@ class Estimate:
     replaced: int
     seconds: float
     memory: int
-    disk: int | None
+    disk: int
     first: list[str]
     basis: str
     workers: int
+    unit: str = "report"
 
     @property
     def text(self):
-        lines = [f"{_count(self.to_run, 'report')} would run" + (":" if self.first else ".")]
+        lines = [f"{_count(self.to_run, self.unit)} would run" + (":" if self.first else ".")]
         lines += [f"  {name}" for name in self.first]
         if self.to_run > len(self.first) and self.first:
             lines.append(f"  … and {self.to_run - len(self.first):,} more")
@@ -134,10 +136,9 @@ class Estimate:
         if self.replaced:
             lines.append(f"{self.replaced:,} of another question under the same id: replaced.")
         if self.to_run:
-            disk = "" if self.disk is None else f", {_size(self.disk)} of disk"
             lines.append(
                 f"About {_duration(self.seconds)} with {_count(self.workers, 'worker')}; at most "
-                f"{_size(self.memory)} of memory{disk}."
+                f"{_size(self.memory)} of memory; {_size(self.disk)} of disk."
             )
             lines.append(f"Basis: {self.basis}")
         return "\n".join(lines)
@@ -168,10 +169,11 @@ def estimate(plan, out=None, *, workers=1, threads=1, scores_only=False, done=No
         replaced=plan.replaced,
         seconds=float(together),
         memory=_memory(plan, shape, tokens, kinds, scores_only, busy) if len(tokens) else 0,
-        disk=None if scores_only else int((DISK[0] + DISK[1] * tokens.astype(float)).sum()),
+        disk=_disk(plan, tokens, kinds, scores_only),
         first=first,
         basis=basis,
         workers=busy,
+        unit="prompt" if scores_only else "report",
     )
 
 
@@ -203,7 +205,7 @@ def model_shape(model, dtype="float32"):
     return Shape(
         layers=config.num_hidden_layers,
         width=config.hidden_size,
-        feed_forward=config.intermediate_size,
+        feed_forward=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         heads=heads,
         key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -493,7 +495,7 @@ def _machine_in_words(machine):
     )
 
 
-# --- memory ------------------------------------------------------------------------------------
+# --- memory and disk ---------------------------------------------------------------------------
 
 
 def _memory(plan, shape, tokens, kinds, scores_only, workers):
@@ -510,6 +512,14 @@ def _memory(plan, shape, tokens, kinds, scores_only, workers):
         most = max(most, int((rows * seqs).max()))
     weights = _parameters(plan.model) * shape.itemsize
     return PROCESS + workers * (PROCESS + weights + most * per_token)
+
+
+def _disk(plan, tokens, kinds, scores_only):
+    tokens = tokens.astype(float)
+    if not scores_only:
+        return int((DISK[0] + DISK[1] * tokens).sum())
+    methods = np.array([len(methods or DEFAULT_METHODS) for _, methods in plan.asked])
+    return int(SCORE * (tokens * methods[kinds]).sum())
 
 
 def _parameters(model):

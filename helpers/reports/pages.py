@@ -176,6 +176,7 @@ def _small(figure):
     paper.alpha_composite(picture)
     # 128 colours of the picture's own are a third of the bytes, and no eye sees it
     few = paper.convert("RGB").quantize(128, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    few.putpalette([255 if level > 250 else level for level in few.getpalette()])  # white is white
     file = io.BytesIO()
     few.save(file, "PNG")
     return file.getvalue()
