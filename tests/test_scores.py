@@ -1,6 +1,7 @@
 """Scores without notebooks: the tables, what a kill leaves, and what three libraries read."""
 
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -440,3 +442,39 @@ def test_the_benchmark_takes_its_short_prompts_from_the_reporting_half(bundled):
     assert len({one.identity for one in jobs}) == 500
     assert {one.prompt for one in jobs} <= reporting and {one.tokens for one in jobs} <= set(SHORT)
     assert sum("foil" in one.parameters for one in jobs) == 250
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def command(*given):
+    return subprocess.run(
+        [sys.executable, "-m", "helpers.reports", *map(str, given), "--scores-only"],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command_adds_to_what_is_there_and_two_workers_write_the_same(tmp_path, tiny_folder):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [json.dumps(f"Prompt number {number}") for number in range(600)]
+    prompts.write_text("\n".join(lines[:300]), encoding="utf-8")
+    given = [prompts, "--model", tiny_folder]
+    one = command(*given, "--out", tmp_path / "one")
+    assert one.returncode == 0 and "300 of 300 prompts done, 0 failed." in one.stdout, one.stderr
+    prompts.write_text("\n".join(lines), encoding="utf-8")
+    more = command(*given, "--out", tmp_path / "one")
+    assert "300 of 300 prompts done, 0 failed, 300 finished before." in more.stdout, more.stderr
+    two = command(*given, "--out", tmp_path / "two", "--workers", 2)
+    assert two.returncode == 0 and "600 of 600 prompts done" in two.stdout, two.stderr
+    found = [
+        pd.read_parquet(tmp_path / out / "scores")
+        .sort_values(["id", "method", "position"], ignore_index=True)
+        .assign(method=lambda table: table["method"].astype(str))
+        for out in ("one", "two")
+    ]
+    assert found[0]["id"].nunique() == 600
+    # parts differ in what is beside a prompt, and float32's last digits with them
+    np.testing.assert_allclose(found[0]["score"], found[1]["score"], atol=1e-4)
+    kept = [column for column in found[0] if column != "score"]
+    pd.testing.assert_frame_equal(found[0][kept], found[1][kept])

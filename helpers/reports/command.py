@@ -167,7 +167,7 @@ def _score_all(jobs, out, model, dtype, methods, cluster, threads):
     options = {"model": model, "dtype": dtype, "threads": threads}
     options["methods"] = tuple(methods or DEFAULT_METHODS)
     function = partial(score_part, out=out.resolve(), **options)
-    parts, done, failed, interrupted = chunks(jobs, done=known), 0, 0, False
+    parts, done, failed, told, interrupted = chunks(jobs, done=known), 0, 0, 0, False
     try:
         with tqdm(total=len(jobs) - before, unit="prompt", disable=None) as bar:
             while parts:
@@ -182,15 +182,15 @@ def _score_all(jobs, out, model, dtype, methods, cluster, threads):
                             halves += [part[:half], part[half:]]
                             continue
                         else:
-                            done, failed = done + 1, failed + 1
+                            done, failed, told = done + 1, failed + 1, told + 1
                             typer.echo(f"failed: {part[0].prompt[:60]!r}: {_why(error)}", err=True)
                         bar.update(len(part))
                 parts = halves
     except KeyboardInterrupt:
         interrupted = True
     _sum_up("prompts", done - failed, len(jobs) - before, failed, before)
-    if failed:
-        typer.echo(f"Their errors are in the column error of {out / 'prompts'}.", err=True)
+    if failed > told:
+        typer.echo(f"What failed is in the column error of {out / 'prompts'}.", err=True)
     if interrupted:
         _stopped()
     return failed
@@ -204,7 +204,13 @@ def _results(function, tasks, out, cluster):
     workers, scheduler = cluster
     if scheduler is None and (workers or 1) == 1:
         for task in tasks:
-            yield task, function(task), None
+            try:
+                result, error = function(task), None
+            except (InputError, OSError):
+                raise
+            except Exception as raised:
+                result, error = None, raised
+            yield task, result, error
         return
     from helpers.reports.cluster import run_on_cluster  # takes a second to import
 

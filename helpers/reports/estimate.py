@@ -473,6 +473,9 @@ def scores_work(shape, rows, seq, methods):
     methods, work = set(methods), Work()
     if methods >= {"saliency", "gradient_x_input"}:
         methods.remove("saliency")  # they read the same gradient
+    if "relevance" in methods and methods & {"saliency", "gradient_x_input"}:
+        methods.remove("relevance")
+        work += gradient(shape, rows, seq) * 0.5  # one more way back through the same pass
     for method in sorted(methods):
         if method in ("saliency", "gradient_x_input", "relevance"):
             work += gradient(shape, rows, seq)

@@ -48,7 +48,7 @@ class ForkServer:
             self.process = subprocess.Popen(
                 [*command, str(theirs.fileno()), model or "", dtype],
                 pass_fds=[theirs.fileno()],
-                # as a kernel has it, before matplotlib is imported; and no threads, which a fork loses
+                # as a kernel has it before matplotlib is imported; and no threads to lose in a fork
                 env=os.environ | {"MPLBACKEND": INLINE, "TOKENIZERS_PARALLELISM": "false"},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
