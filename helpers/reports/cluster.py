@@ -45,11 +45,13 @@ def run_on_cluster(function, tasks, folder, *, workers=None, scheduler=None, pat
             try:
                 yield from _hand_out(client, function, chain(unfinished, tasks), suspects)
                 while suspects:  # one at a time, so that nothing else can be to blame
-                    yield from _hand_out(client, function, [suspects[0]], None)
-                    suspects.pop(0)
+                    yield from _hand_out(client, function, [suspects.pop()], None)
                 return
             except _SchedulerLost as lost:
                 unfinished = lost.unfinished
+
+
+_NONE = object()  # no task; a task may be anything
 
 
 class _SchedulerLost(Exception):
@@ -61,19 +63,18 @@ class _SchedulerLost(Exception):
 def _hand_out(client, function, tasks, suspects):
     """Yield what comes of ``tasks``; those that several workers died of go to ``suspects``."""
     running, results = {}, as_completed()
-    tasks, more = iter(tasks), True
+    tasks, task = iter(tasks), _NONE
     try:
         while True:
             # a few in reserve: no worker waits for us, and a cluster that grows sees the queue
-            room = 2 * sum(client.nthreads().values()) + 1 - len(running)
-            while more and room > 0:
-                task = next(tasks, None)
-                more = task is not None
-                if more:
-                    future = client.submit(function, task, pure=False)
-                    running[future] = task
-                    results.add(future)
-                    room -= 1
+            room = 2 * _threads(client) + 1 - len(running)
+            for _ in range(room):
+                task = next(tasks, _NONE)
+                if task is _NONE:
+                    break
+                future = client.submit(function, task, pure=False)
+                running[future], task = task, _NONE
+                results.add(future)
             if not running:
                 return
             future = next(results)
@@ -89,10 +90,17 @@ def _hand_out(client, function, tasks, suspects):
             except Exception as raised:
                 result, error = None, raised
             yield running.pop(future), result, error
-    except (FutureCancelledError, CommClosedError, TimeoutError, OSError) as lost:
-        if isinstance(lost, OSError) and not isinstance(lost, (CommClosedError, TimeoutError)):
-            raise
-        raise _SchedulerLost(list(running.values())) from lost
+    except (FutureCancelledError, CommClosedError, TimeoutError) as lost:
+        unfinished = [*running.values(), *([] if task is _NONE else [task])]
+        raise _SchedulerLost(unfinished) from lost
+
+
+def _threads(client):
+    """How many tasks the cluster can run at once."""
+    try:
+        return sum(client.nthreads().values())
+    except OSError as gone:  # of which a closed connection is only one
+        raise CommClosedError(str(gone)) from gone
 
 
 @contextlib.contextmanager
