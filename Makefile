@@ -33,9 +33,9 @@ $(READY): requirements.lock pyproject.toml
 model: $(READY)
 	@$(BIN)/python -m helpers.models
 
-# The reports fetch the model themselves, where it is not there yet.
+# The reports fetch the model themselves, where it is not there yet. As many workers as fit.
 report: $(READY)
-	$(BIN)/python -m helpers.reports $(PROMPTS) --out $(OUT)
+	$(BIN)/python -m helpers.reports $(PROMPTS) --out $(OUT) --workers 0
 
 test: model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \

@@ -1,11 +1,13 @@
 """What a report costs above its notebook's own work, and whether a killed run is the same run.
 
-``python benchmarks/reports.py`` writes reports on thirty prompts, each by plain papermill and by
-the warm engine, in turns. ``python benchmarks/reports.py --killed`` runs two hundred prompts on two
-workers twice, once with everything killed on the way. One thread a report, as is the default.
+``python benchmarks/reports.py`` writes reports on the thirty shortest prompts, each by plain
+papermill and by the warm engine, in turns. With ``--killed`` it runs a short notebook over two
+hundred prompts on two workers twice, once with everything killed on the way. One thread a report,
+as is the default.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -23,7 +25,6 @@ import yaml
 from report import keep, table
 
 from helpers.ground_truth import FAMILIES, cases
-from helpers.models import BUNDLED
 from helpers.reports import NOTEBOOKS, plan, run_report
 from helpers.reports.run import report_source
 from helpers.reports.warm import WarmEngine
@@ -44,6 +45,24 @@ import json, pathlib
 pathlib.Path("spent.json").write_text(json.dumps(clock["spent"]))
 """
 
+SHORT = (
+    """
+prompt: str = ""
+model_name: str = "SmolLM2-135M-Instruct"
+output_dir: str = "."
+""",
+    """
+import pandas as pd
+from helpers import ask, attribute, load_model
+model, tokenizer = load_model(model_name)
+question = ask(model, tokenizer, prompt)
+scores = attribute(model, question, "relevance").scores.tolist()
+table = {"prompt": prompt, "position": range(len(scores)), "token": question.labels}
+table |= {"method": "relevance", "score": scores}
+pd.DataFrame(table).to_csv(f"{output_dir}/scores.csv", index=False)
+""",
+)
+
 
 def timed_source():
     """08_comparison with a clock that adds up what its cells take, inside the kernel."""
@@ -62,7 +81,7 @@ def overhead(count):
     os.environ["OMP_NUM_THREADS"] = "1"
     source, rows = timed_source(), []
     with tempfile.TemporaryDirectory() as folder:
-        jobs = list(plan(REPORTING, methods=METHODS))[:count]
+        jobs = sorted(plan(REPORTING, methods=METHODS), key=lambda job: job.tokens)[:count]
         began = time.perf_counter()
         run_report(jobs[0], Path(folder) / "first", source=source)  # starts what later ones find
         first = time.perf_counter() - began
@@ -125,7 +144,7 @@ def killed(count):
         file = Path(folder) / "prompts.yml"
         file.write_text(yaml.safe_dump(prompts), encoding="utf-8")
         command = [sys.executable, "-m", "helpers.reports", str(file), "--workers", "2"]
-        command += [f"--method={name}" for name in METHODS] + ["--model", BUNDLED, "--out"]
+        command += ["--notebook", str(_short_notebook(Path(folder))), "--out"]
         seconds = {}
         began = time.perf_counter()
         subprocess.run([*command, f"{folder}/whole"], check=True, stdout=subprocess.DEVNULL)
@@ -150,7 +169,8 @@ def killed(count):
         pd.testing.assert_frame_equal(whole, after, check_exact=True)
         assert whole["slug"].nunique() == count
     text = (
-        f"{count} prompts on two workers: {seconds['undisturbed']:.0f} s undisturbed, "
+        f"{count} prompts, AttnLRP on the bundled model, on two workers: "
+        f"{seconds['undisturbed']:.0f} s undisturbed, "
         f"{seconds['killed']:.0f} s killed and resumed ({'; '.join(told)}). All "
         f"{len(whole):,} scores are equal in all their digits, and no report that was finished was "
         "made again."
@@ -158,16 +178,37 @@ def killed(count):
     keep("killed", "Reports: two hundred prompts, killed and resumed", text)
 
 
+def _short_notebook(folder):
+    """A notebook that is done in a second, so that two hundred of it are no long wait."""
+    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": spec})
+    notebook.cells = [nbformat.v4.new_code_cell(source.strip()) for source in SHORT]
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(notebook, folder / "short.ipynb")
+    return folder / "short.ipynb"
+
+
 def _kill(run, victim):
     """SIGKILL for a worker of ``run``, or for ``run`` itself and so for all."""
     if victim == "all":
         run.kill()
         return "the run was killed"
-    children = psutil.Process(run.pid).children(recursive=True)
-    workers = [p for p in children if any("helpers.reports.fork_server" in a for a in p.cmdline())]
-    servers = [p for p in workers if "helpers.reports.fork_server" not in p.parent().cmdline()]
-    random.Random(len(children)).choice(servers).parent().kill()
+    while not (workers := _workers(run.pid)):
+        time.sleep(0.2)
+    random.choice(workers).kill()
     return "a worker was killed"
+
+
+def _workers(pid):
+    """The workers that have a fork server, below a run."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = process.parent()
+            serves = "helpers.reports.fork_server" in process.cmdline()
+            if serves and "helpers.reports.fork_server" not in parent.cmdline():
+                found.append(parent)
+    return found
 
 
 def _finished(out):
