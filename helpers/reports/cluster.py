@@ -115,7 +115,7 @@ def _client(workers, scheduler, patience):
                 LocalCluster(
                     n_workers=workers,
                     threads_per_worker=1,
-                    dashboard_address=None,
+                    dashboard_address="127.0.0.1:0",  # None would take a fixed port
                     silence_logs=logging.CRITICAL,
                 )
             )
