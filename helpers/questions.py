@@ -4,7 +4,7 @@ A question is a prompt in token ids, the token whose logit is to be explained (t
 if wanted, the token it is compared with (the foil).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,6 +46,16 @@ def ask(model, tokenizer, prompt, *, target=None, foil=None, chat=False):
 
     notebooks/03_generation.ipynb takes it apart.
     """
+    question = read_question(model, tokenizer, prompt, target=target, foil=foil, chat=chat)
+    if question.target is not None:
+        return question
+    with torch.inference_mode():
+        logits = model(question.input_ids, use_cache=False, logits_to_keep=1).logits[0, -1]
+    return with_target(tokenizer, question, logits.argmax().item())
+
+
+def read_question(model, tokenizer, prompt, *, target=None, foil=None, chat=False):
+    """What ``ask`` can say before the model is run: without a ``target``, it is left ``None``."""
     input_ids, target, foil = check_question(
         tokenizer,
         prompt,
@@ -54,21 +64,21 @@ def ask(model, tokenizer, prompt, *, target=None, foil=None, chat=False):
         chat=chat,
         context=model.config.max_position_embeddings,
     )
-    input_ids = torch.tensor([input_ids], device=model.get_input_embeddings().weight.device)
-    if target is None:
-        with torch.inference_mode():
-            logits = model(input_ids, use_cache=False, logits_to_keep=1).logits[0, -1]
-        target = logits.argmax().item()
-        _refuse_same(tokenizer, target, foil)
     return Question(
         prompt=prompt,
-        input_ids=input_ids,
-        labels=token_labels(tokenizer, input_ids[0].tolist()),
+        input_ids=torch.tensor([input_ids], device=model.get_input_embeddings().weight.device),
+        labels=token_labels(tokenizer, input_ids),
         target=target,
         foil=foil,
-        target_label=tokenizer.decode([target]),
+        target_label=None if target is None else tokenizer.decode([target]),
         foil_label=None if foil is None else tokenizer.decode([foil]),
     )
+
+
+def with_target(tokenizer, question, target):
+    """``question`` about the token id ``target``; ``InputError`` if that is its foil."""
+    _refuse_same(tokenizer, target, question.foil)
+    return replace(question, target=target, target_label=tokenizer.decode([target]))
 
 
 def check_question(tokenizer, prompt, *, target=None, foil=None, chat=False, context=None):

@@ -7,6 +7,7 @@ import sys
 import nbformat
 import pytest
 import yaml
+from running import write_notebook
 
 from helpers import load_model, tiny_llama
 from helpers.reports import find_notebook
@@ -66,14 +67,8 @@ def quick_notebook(tmp_path_factory):
     """
 
     def write(*cells):
-        spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        notebook = nbformat.v4.new_notebook(metadata={"kernelspec": spec})
-        sources = [*QUICK.strip().split("---\n"), *cells]
-        notebook.cells = [nbformat.v4.new_code_cell(source) for source in sources]
-        notebook.cells[0].metadata["tags"] = ["parameters"]
         path = tmp_path_factory.mktemp("notebooks") / "quick.ipynb"
-        nbformat.write(notebook, path)
-        return path
+        return write_notebook(path, *QUICK.strip().split("---\n"), *cells)
 
     return write
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 from distributed import Client, KilledWorker
+from running import scores
 
 from helpers.errors import InputError
 from helpers.reports.cluster import run_on_cluster
@@ -78,11 +79,6 @@ def command(*given):
     return subprocess.run(
         [sys.executable, "-m", "helpers.reports", *map(str, given)], capture_output=True, text=True
     )
-
-
-def scores(out):
-    table = pd.read_parquet(out / "scores.parquet")
-    return table.sort_values(["slug", "method", "position"], ignore_index=True)
 
 
 def test_reports_from_two_workers_equal_those_of_one_process(tmp_path, tiny_folder, quick_notebook):

@@ -84,7 +84,9 @@ def test_labels_of_an_ascii_prompt_joined_are_the_prompt(tokenizer, prompt):
     assert "".join(token_labels(tokenizer, encode(tokenizer, prompt))) == prompt
 
 
-@given(prompt=st.text(st.characters(exclude_characters="[]"), min_size=1, max_size=40))
+@given(
+    prompt=st.text(st.characters(codec="utf-8", exclude_characters="[]"), min_size=1, max_size=40)
+)
 @settings(deadline=None, max_examples=150)
 @example(prompt=f"a real {REPLACEMENT} in the prompt")
 @example(prompt=f"at the end {REPLACEMENT}")
@@ -385,7 +387,9 @@ def test_llama3_labels_are_readable_in_many_scripts(llama3, prompt):
     assert not any(REPLACEMENT in label for label in labels)
 
 
-@given(prompt=st.text(st.characters(exclude_characters="[]"), min_size=1, max_size=40))
+@given(
+    prompt=st.text(st.characters(codec="utf-8", exclude_characters="[]"), min_size=1, max_size=40)
+)
 @settings(deadline=None, max_examples=50)
 def test_llama3_labels_spell_any_prompt(llama3, prompt):
     assert spelled(token_labels(llama3[1], encode(llama3[1], prompt))[1:]) == prompt

@@ -12,6 +12,7 @@ import papermill
 import psutil
 import pytest
 from nbclient.exceptions import DeadKernelError
+from running import write_notebook
 
 from helpers.reports.warm import CAN_FORK, ForkServer, WarmEngine
 
@@ -25,13 +26,7 @@ def no_server_left():
 
 
 def notebook(folder, *cells, parameters=""):
-    """A notebook file with these code cells, the first of which holds its parameters."""
-    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nodes = nbformat.v4.new_notebook(metadata={"kernelspec": spec})
-    nodes.cells = [nbformat.v4.new_code_cell(source) for source in (parameters, *cells)]
-    nodes.cells[0].metadata["tags"] = ["parameters"]
-    nbformat.write(nodes, folder / "in.ipynb")
-    return folder / "in.ipynb"
+    return write_notebook(folder / "in.ipynb", parameters, *cells)
 
 
 def run(path, engine="warm", **parameters):

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from helpers.attribution import METHODS, Attribution, attribute
 from helpers.attribution.engine import (
@@ -38,9 +37,10 @@ from helpers.attribution.relevance import (
     identity_rule,
     product_rule,
     relevance_rules,
+    rules_in_place,
 )
 from helpers.errors import InputError
-from helpers.questions import Question, check_question, token_labels
+from helpers.questions import Question, read_question, with_target
 
 LOGITS_AT_ONCE = 2**24  # numbers of the whole vocabulary's logits that are held together
 ROWS = SimpleNamespace(target=0, foil=1)  # the question of every row, as AnswerHeads reads it
@@ -89,30 +89,17 @@ def ask_many(model, tokenizer, entries, *, open_targets=False):
 def _read(model, tokenizer, entry):
     """The question of an entry, its target open where none is named, or the ``InputError``."""
     try:
-        input_ids, target, foil = check_question(
-            tokenizer, context=model.config.max_position_embeddings, **entry
-        )
+        return read_question(model, tokenizer, **entry)
     except InputError as error:
         return error
-    return Question(
-        prompt=entry["prompt"],
-        input_ids=torch.tensor([input_ids], device=model.get_input_embeddings().weight.device),
-        labels=token_labels(tokenizer, input_ids),
-        target=target,
-        foil=foil,
-        target_label=None if target is None else tokenizer.decode([target]),
-        foil_label=None if foil is None else tokenizer.decode([foil]),
-    )
 
 
 def completed(tokenizer, question, answer):
     """``question`` with the target that its ``answer`` has, or the ``InputError`` of ``ask``."""
     try:
-        check_question(tokenizer, question.prompt, target=answer.target, foil=question.foil)
+        return with_target(tokenizer, question, answer.target)
     except InputError as error:  # the foil is the model's own next token
         return error
-    label = tokenizer.decode([answer.target])
-    return replace(question, target=answer.target, target_label=label)
 
 
 def attribute_many(model, questions, methods):
@@ -363,14 +350,7 @@ def switchable_rules(model):
 
         return attention_rule(attend)(module, query, key, value, mask, **options)
 
-    with contextlib.ExitStack() as hooks:
-        for module in model.modules():
-            if isinstance(module, LlamaRMSNorm):
-                hooks.callback(module.register_forward_hook(after).remove)
-            elif isinstance(module, LlamaMLP):
-                hooks.callback(module.act_fn.register_forward_hook(after).remove)
-                hooks.callback(module.down_proj.register_forward_pre_hook(before).remove)
-        hooks.enter_context(attending(model, attend_by_either))
+    with rules_in_place(model, after, before, attend_by_either):
         yield switch
 
 

@@ -60,19 +60,27 @@ def relevance_rules(model, through_attention=True):
     attend = attention_rule if through_attention else attention_kept_constant
     # attention stays fused: no [seq, seq] map is kept for the backward pass
     fused = "sdpa_float32" if model.config._attn_implementation == "sdpa_float32" else "sdpa"
-    hooks = []
-    try:
+    attend = attend(AttentionInterface()[fused])
+    with rules_in_place(model, identity_rule, product_rule, attend):
+        yield
+
+
+@contextlib.contextmanager
+def rules_in_place(model, after, before, attend):
+    """Put rules where a Llama needs one, while inside.
+
+    ``after`` is a forward hook of norms and activations, ``before`` a forward pre-hook of what
+    takes the product of gate and up, and ``attend`` the attention of every layer.
+    """
+    with contextlib.ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, LlamaRMSNorm):
-                hooks.append(module.register_forward_hook(identity_rule))
+                hooks.callback(module.register_forward_hook(after).remove)
             elif isinstance(module, LlamaMLP):
-                hooks.append(module.act_fn.register_forward_hook(identity_rule))
-                hooks.append(module.down_proj.register_forward_pre_hook(product_rule))
-        with attending(model, attend(AttentionInterface()[fused])):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+                hooks.callback(module.act_fn.register_forward_hook(after).remove)
+                hooks.callback(module.down_proj.register_forward_pre_hook(before).remove)
+        hooks.enter_context(attending(model, attend))
+        yield
 
 
 def with_slope(value, slope, x):

@@ -83,9 +83,10 @@ def main_command(
             check_method(name)
         options = {"model": model, "notebook": notebook, "methods": method or (), "dtype": dtype}
         jobs = plan(prompts, out=out, folders=not scores_only, **options)
-        scored = finished_ids(out) if scores_only else set()
-        done = (lambda job: job.identity in scored) if scores_only else None
-        planned = partial(estimate, jobs, out, threads=threads, scores_only=scores_only, done=done)
+        planned = partial(estimate, jobs, out, threads=threads, scores_only=scores_only)
+        if scores_only and (dry_run or workers == 0):
+            scored = finished_ids(out)
+            planned = partial(planned, done=lambda job: job.identity in scored)
         if workers == 0:
             fit = int(0.8 * psutil.virtual_memory().available / max(1, planned(workers=1).memory))
             workers = max(1, min(len(os.sched_getaffinity(0)) // threads, fit, len(jobs)))
@@ -122,8 +123,9 @@ def _told(error, out):
 
 def _report_all(jobs, out, model, dtype, methods, cluster, threads):
     """Run every job that is not finished, print what came of it, and return how many failed."""
-    left = sum(not finished(job, out) for job in jobs)
-    tasks = ((job, report_source(job.notebook)) for job in jobs if not finished(job, out))
+    open_slugs = {job.slug for job in jobs if not finished(job, out)}
+    left = len(open_slugs)
+    tasks = ((job, report_source(job.notebook)) for job in jobs if job.slug in open_slugs)
     function = partial(_report, out=out.resolve(), model=model, threads=threads)
     done, failed, interrupted = 0, [], False
     try:
@@ -161,8 +163,8 @@ def _report(task, out, model, threads):
 
 def _score_all(jobs, out, model, dtype, methods, cluster, threads):
     """Attribute every prompt that is not in the tables of ``out``; returns how many failed."""
+    known = finished_ids(out)  # which refuses the tables of another version: nothing is touched
     discard_unfinished(out)
-    known = finished_ids(out)
     before = sum(job.identity in known for job in jobs)
     options = {"model": model, "dtype": dtype, "threads": threads}
     options["methods"] = tuple(methods or DEFAULT_METHODS)

@@ -1,6 +1,7 @@
 """Files and folders that are whole or absent, whenever a reader looks or a process dies."""
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -37,6 +38,15 @@ def write_whole(path, content):
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def read_mapping(path):
+    """The mapping in a JSON file; an empty one if there is none, whole and readable, there."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ Two rules make forking safe. This process never runs an operation on several thr
 thread pool of OpenMP does not survive a fork; and it never touches a GPU, since CUDA does not.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -26,9 +27,9 @@ def serve(channel, model, dtype):
     """Get ready, say so, and fork kernels until the other end of ``channel`` is closed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    problem = _get_ready(model, dtype)
+    _get_ready(model, dtype)
     stream = channel.makefile("rw")
-    _answer(stream, {"ready": problem is None, "problem": problem})
+    _answer(stream, {"ready": True})
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # dead kernels are reaped by the system
     for line in stream:
         listening, tell = os.pipe()
@@ -50,7 +51,10 @@ def _answer(stream, message):
 
 
 def _get_ready(model, dtype):
-    """Import what notebooks import, and load the model; a problem as text, or ``None``."""
+    """Import what notebooks import, and load the model.
+
+    A model that cannot be loaded is left to the run that needs it, which will say why.
+    """
     import captum.attr  # noqa: F401
     import ipykernel.debugger
     import ipykernel.kernelapp  # noqa: F401
@@ -70,11 +74,8 @@ def _get_ready(model, dtype):
     from helpers.models import hold_model
 
     if model is not None:
-        try:
+        with contextlib.suppress(InputError):
             hold_model(model, dtype=dtype)
-        except InputError as error:  # the run that needs it will meet the same, and say so
-            return str(error)
-    return None
 
 
 def _become_kernel(connection_file, cwd, environment, threads, tell):
@@ -94,12 +95,8 @@ def _become_kernel(connection_file, cwd, environment, threads, tell):
         os.environ.clear()
         os.environ.update(environment, JPY_PARENT_PID=str(os.getppid()))
         torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or threads))
-        for seed in (
-            random.seed,
-            np.random.seed,
-            torch.seed,
-        ):  # from the system, as in a new process
-            seed()
+        for draw_seed in (random.seed, np.random.seed, torch.seed):  # as in a new process
+            draw_seed()
         sys.argv = ["ipykernel_launcher", "-f", connection_file]
         app = IPKernelApp.instance(parent_handle=os.getppid())
         app.initialize(sys.argv[1:])

@@ -5,7 +5,6 @@ Whatever a report folder holds is read as untrusted text: what cannot be read is
 """
 
 import io
-import json
 import math
 import os
 import tempfile
@@ -25,7 +24,7 @@ from PIL import Image
 
 from helpers.faithfulness import bootstrap_interval
 from helpers.plots import readable, save_figure
-from helpers.reports.files import write_whole
+from helpers.reports.files import read_mapping, write_whole
 from helpers.reports.pages import THUMBNAIL, overview_page, shown, thumbnail
 
 CONTROL = "random"  # the method that knows nothing
@@ -121,7 +120,7 @@ def read_reports(out):
     """
     reports, unreadable = [], 0
     for file in sorted(Path(out).glob("[!.]*/report.json")):
-        facts, folder = _read_json(file), file.parent
+        facts, folder = read_mapping(file), file.parent
         prompt, error = facts.get("prompt"), facts.get("error")
         if not isinstance(prompt, str):
             unreadable += 1
@@ -134,21 +133,12 @@ def read_reports(out):
                 notebook=str(facts.get("notebook") or ""),
                 model=str(facts.get("model") or ""),
                 seconds=_finite(facts.get("seconds")),
-                provenance=_read_json(folder / "provenance.json"),
+                provenance=read_mapping(folder / "provenance.json"),
                 evidence=None if error else _read_evidence(folder / "evidence.csv"),
                 scores=None if error else _read_scores(folder / "scores.csv"),
             )
         )
     return reports, unreadable
-
-
-def _read_json(path):
-    """The mapping in a JSON file, or an empty one."""
-    try:
-        known = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return known if isinstance(known, dict) else {}
 
 
 def _read_csv(path, columns, needed):

@@ -16,6 +16,7 @@ from helpers.errors import InputError
 from helpers.models import BUNDLED, load_tokenizer, public_name, resolve_model
 from helpers.provenance import code_version, model_digest
 from helpers.questions import check_question
+from helpers.reports.files import read_mapping
 from helpers.reports.prompts import is_reserved, parse_entry, read_entries
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
@@ -331,7 +332,7 @@ class _Folders:
         name = entry.id.lower()
         if name not in self.there or self._is_own(name, entry, question):
             return
-        if _facts(self.there[name]) is None:
+        if not _facts(self.there[name]):
             raise InputError(
                 f"Its id {entry.id!r} names something in {self.out} that is no report: choose "
                 "another.",
@@ -342,7 +343,7 @@ class _Folders:
     def _is_own(self, name, entry, question):
         """True if the report of that name answers this question."""
         facts = _facts(self.there[name])
-        if facts is None:
+        if not facts:
             return False
         if "question" in facts:
             return facts["question"] == question
@@ -350,9 +351,5 @@ class _Folders:
 
 
 def _facts(folder):
-    """The facts of the report in ``folder``, or ``None`` if there is no whole one."""
-    try:
-        facts = json.loads((folder / "report.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    return facts if isinstance(facts, dict) else None
+    """The facts of the report in ``folder``; none if there is no whole one."""
+    return read_mapping(folder / "report.json")

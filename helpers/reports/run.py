@@ -25,6 +25,9 @@ ATTEMPTS = 2  # kernels that may die of one prompt
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 
 
+_code_version = cache(code_version)  # what this process runs, whatever becomes of the files
+
+
 @cache
 def report_source(notebook):
     """A notebook as JSON without its exercises and outputs: what a report runs and shows."""
@@ -82,7 +85,7 @@ def _facts(job, model, error, attempts, seconds):
         "model": public_name(model),
         "question": job.question,
         "identity": job.identity,
-        "code_version": code_version(),
+        "code_version": _code_version(),
         "tokens": job.tokens,
         "error": error and error[:2000],
         "attempts": attempts,

@@ -184,9 +184,7 @@ class WarmEngine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
         save = nb_man.save
-        nb_man.save = lambda **kwargs: (
-            None
-        )  # not twice a cell: papermill saves once more at the end
+        nb_man.save = lambda **kwargs: None  # twice a cell is dear; papermill saves at the end
         try:
             if CAN_FORK and _runs_this_python(kernel_name):
                 server = cls._server_for(*_model_of(nb_man.nb, kernel_name))
@@ -200,9 +198,8 @@ class WarmEngine(NBClientEngine):
     @classmethod
     def _server_for(cls, model, dtype):
         with cls._lock:
-            if cls._server is not None and (
-                cls._holds != (model, dtype) or not cls._server.alive()
-            ):
+            fits = cls._holds == (model, dtype)
+            if cls._server is not None and not (fits and cls._server.alive()):
                 cls.close()
             if cls._server is None:
                 cls._server, cls._holds = ForkServer(model, dtype), (model, dtype)
