@@ -16,7 +16,7 @@ from helpers.attribution import METHODS
 from helpers.errors import InputError
 from helpers.models import BUNDLED
 from helpers.reports.estimate import estimate
-from helpers.reports.files import only_writer
+from helpers.reports.files import only_writer, read_mapping
 from helpers.reports.gallery import write_index
 from helpers.reports.jobs import DEFAULT_NOTEBOOK, finished, plan
 from helpers.reports.prompts import check_method
@@ -157,6 +157,8 @@ def _report_all(jobs, out, model, dtype, methods, cluster, threads):
 def _report(task, out, model, threads):
     """One report, in whatever process this is."""
     job, source = task
+    if finished(job, out):  # by a worker whose word was lost, with a scheduler or with itself
+        return read_mapping(out / job.slug / "report.json")
     os.environ["OMP_NUM_THREADS"] = str(threads)  # a worker that others started has its own
     return run_report(job, out, model, source=source)
 
