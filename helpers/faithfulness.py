@@ -8,23 +8,22 @@ depend on the model at all. What is known from outside, which word must matter, 
 
 import contextlib
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from helpers.attribution import (
-    attribute,
-    embed_prompt,
-    replaced_outputs,
-)
-from helpers.attribution.engine import answer_only, contrast, working_precision
+from helpers.attribution import Attribution, asking, attribute
+from helpers.attribution.engine import working_precision
+from helpers.attribution.perturbation import coalition_values
 from helpers.errors import InputError
+from helpers.questions import Question
 
 EVIDENCE = Path(__file__).resolve().parent / "data" / "evidence.parquet"
-REPLACEMENTS = ("mean", "eos", "neighbour")
 
 
 # --- deletion and insertion --------------------------------------------------------------------
@@ -34,12 +33,12 @@ REPLACEMENTS = ("mean", "eos", "neighbour")
 class Curves:
     """What the model answers while tokens go, and while they come, in some orders.
 
-    ``counts``      LongTensor [steps + 1], tokens taken so far, from 0 to seq
-    ``deletion``    FloatTensor [orders, steps + 1, 2]: the first tokens of the order are replaced
-    ``insertion``   FloatTensor [orders, steps + 1, 2]: all are replaced but the first ones
+    ``counts``      LongTensor [steps + 1], units taken so far, from 0 to all
+    ``deletion``    FloatTensor [orders, steps + 1, 2]: the first units of the order are erased
+    ``insertion``   FloatTensor [orders, steps + 1, 2]: all are erased but the first ones
     ``forwards``    rows that were run
 
-    The last dimension holds the objective in logits, and the probability of the target; with a foil
+    The last dimension holds the objective in nats, and the probability of the target; with a foil
     that is the probability of the target if it must be one of the two.
     """
 
@@ -49,43 +48,52 @@ class Curves:
     forwards: int
 
 
-def erasure_curves(model, question, orders, baseline="mean", steps=None, precision=None):
-    """Deletion and insertion curves of some orders of the tokens, all with the same budget.
+def erasure_curves(
+    model: Any,
+    question: Question,
+    orders: torch.Tensor,
+    replacement: str | torch.Tensor | None = None,
+    steps: int | None = None,
+    precision: str | None = None,
+) -> Curves:
+    """Deletion and insertion curves of some orders of the units, all with the same budget.
 
-    ``orders`` LongTensor [orders, seq] names the most important position first (see
-    ``importance_order``). A token is erased by putting ``baseline`` in its place: ``"mean"``,
-    ``"eos"``, ``"zero"``, ``"neighbour"`` or a tensor (see ``replacement``). ``steps`` limits how
-    many points a curve has beside its start: tokens then go in equal portions. Variants that
-    several orders share are run once. ``precision`` is that of ``attribute``.
+    ``orders`` LongTensor [orders, units] names the most important unit first (see
+    ``importance_order``). ``replacement`` is what stands in for an erased unit: ``"mean"``,
+    ``"eos"``, ``"neighbour"``, ``"zero"``, ``"remove"`` or a tensor, as in ``occlusion``. ``steps``
+    limits how many points a curve has beside its start: units then go in equal portions. Variants
+    that several orders share are run once. ``precision`` is that of ``attribute``.
 
-    Raises ``InputError`` for orders that are not permutations of the positions. Source: Petsiuk et
+    Raises ``InputError`` for orders that are not permutations of the units. Source: Petsiuk et
     al. 2018, arXiv:1806.07421.
 
     notebooks/10_faithfulness.ipynb takes it apart.
     """
-    seq = question.input_ids.shape[1]
-    if orders.shape[1:] != (seq,) or not orders.sort().values.eq(torch.arange(seq)).all():
-        raise InputError(f"Each order must name each of the {seq} positions once.")
-    steps = min(seq, steps or seq)
-    counts = torch.linspace(0, seq, steps + 1).round().long()
-    taken = orders.argsort()[:, None, :] < counts[:, None]  # [orders, steps + 1, seq]
-    variants, place = torch.stack([taken, ~taken]).flatten(0, 2).unique(dim=0, return_inverse=True)
-    # without a foil the probability needs the logits of the whole vocabulary
-    small = answer_only(model, question) if question.foil is not None else None
-    with working_precision(model, precision), small or contextlib.nullcontext(question) as answer:
-        _, values = replaced_outputs(
-            model,
-            answer,
-            variants,
-            lambda logits: _logit_and_probability(logits, answer),
-            replacement(model, question, baseline),
-        )
-    values = values.cpu()[place].view(2, *taken.shape[:2], 2)
-    return Curves(counts, values[0], values[1], forwards=len(variants) + 1)
+    units = len(question.units)
+    if orders.shape[1:] != (units,) or not orders.sort().values.eq(torch.arange(units)).all():
+        raise InputError(f"Each order must name each of the {units} units once.")
+    steps = min(units, steps or units)
+    counts = torch.linspace(0, units, steps + 1).round().long()
+    taken = orders.argsort()[:, None, :] < counts[:, None]  # [orders, steps + 1, units]
+    variants, place = torch.stack([~taken, taken]).flatten(0, 2).unique(dim=0, return_inverse=True)
+
+    def run(asked_question):
+        with working_precision(model, precision), asking(model, [asked_question]) as asked:
+            _, (values,) = coalition_values(asked, [variants], replacement)
+        return values[:, 0].cpu()
+
+    values = run(question)
+    if question.objective == "logit" and question.foil is None:
+        logs = run(replace(question, objective="log_probability"))
+        probabilities = logs.exp()
+    else:
+        probabilities = values.exp() if question.foil is None else values.sigmoid()
+    both = torch.stack([values, probabilities], dim=-1)[place].view(2, *taken.shape[:2], 2)
+    return Curves(counts, both[0], both[1], forwards=len(variants) + 1)
 
 
-def importance_order(result):
-    """The positions of an ``Attribution``, the most important first: LongTensor [seq].
+def importance_order(result: Attribution) -> torch.Tensor:
+    """The units of an ``Attribution``, the most important first: LongTensor [units].
 
     Scores with a sign are sorted by value, since a negative one says that the token pushed the
     answer away; those without by size. Equal scores keep the order of the prompt.
@@ -93,55 +101,34 @@ def importance_order(result):
     return result.scores.argsort(descending=True, stable=True)
 
 
-def random_orders(seq, count, seed=0):
-    """``count`` random orders of ``seq`` positions, what any order has to beat: [count, seq]."""
+def random_orders(units: int, count: int, seed: int = 0) -> torch.Tensor:
+    """``count`` random orders of so many units, what any order has to beat: [count, units]."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(seq, generator=generator) for _ in range(count)])
+    return torch.stack([torch.randperm(units, generator=generator) for _ in range(count)])
 
 
-def replacement(model, question, name):
-    """What stands in for an erased token, as ``baseline_embeds`` takes it.
-
-    ``"neighbour"`` is the embedding of the token before it (after it, for the first; a lone token
-    is its own): a word of this very prompt, where ``"mean"`` and ``"eos"`` are vectors that no text
-    has in that place. Other names and tensors are returned as they are.
-    """
-    if isinstance(name, str) and name == "neighbour":
-        embeds = embed_prompt(model, question)
-        seq = embeds.shape[1]
-        return embeds[:, [1 % seq, *range(seq - 1)]]
-    return name
-
-
-def _logit_and_probability(logits, question):
-    value = contrast(logits, question)
-    if question.foil is None:
-        return torch.stack([value, (value - logits.logsumexp(dim=-1)).exp()], dim=-1)
-    return torch.stack([value, value.sigmoid()], dim=-1)
-
-
-def area(counts, curve):
-    """The mean height of curves [..., steps + 1] over the tokens taken: [...], in their unit.
+def area(counts: torch.Tensor, curve: torch.Tensor) -> torch.Tensor:
+    """The mean height of curves [..., steps + 1] over the units taken: [...], in their unit.
 
     Introduced in notebooks/10_faithfulness.ipynb.
     """
     return torch.trapezoid(curve, counts.to(curve), dim=-1) / counts[-1]
 
 
-def erasure_measures(curves):
+def erasure_measures(curves: Curves) -> dict[str, torch.Tensor]:
     """The usual summaries of ``Curves``: ``{name: FloatTensor [orders]}``.
 
-    ``deletion`` (lower is better) and ``insertion`` (higher) are areas under the curves in logits,
-    ``faithfulness`` the second less the first, and ``faithfulness_probability`` the same of
+    ``deletion`` (lower is better) and ``insertion`` (higher) are areas under the curves in nats,
+    ``faithfulness`` the second minus the first, and ``faithfulness_probability`` the same of
     probabilities. ``comprehensiveness`` (higher) is how far the objective falls without the first
-    tokens, ``sufficiency`` (lower) how far it falls with only them, averaged over the budgets of at
-    most half of the tokens. Source of the last two: DeYoung et al. 2020, arXiv:1911.03429, who
-    measure probabilities; here they are logits.
+    units, ``sufficiency`` (lower) how far it falls with only them, averaged over the budgets of at
+    most half of the units. Source of the last two: DeYoung et al. 2020, arXiv:1911.03429, who
+    measure probabilities; here they are nats.
     """
     counts = curves.counts
     deletion, insertion = area(counts, curves.deletion.mT), area(counts, curves.insertion.mT)
     few = (counts > 0) & (2 * counts <= counts[-1])
-    few[1] |= not few.any()  # a prompt of one token
+    few[1] |= not few.any()  # a prompt of one unit
     whole = curves.deletion[:, :1, 0]
     return {
         "deletion": deletion[:, 0],
@@ -153,16 +140,24 @@ def erasure_measures(curves):
     }
 
 
-def against_random(model, question, results, *, count=20, seed=0, **options):
+def against_random(
+    model: Any,
+    question: Question,
+    results: dict[str, Attribution],
+    *,
+    count: int = 20,
+    seed: int = 0,
+    **options: Any,
+) -> pd.DataFrame:
     """How each of ``results`` ``{name: Attribution}`` does against ``count`` random orders.
 
     Returns a DataFrame, one row a method: the measures of ``erasure_measures``,
     ``random_faithfulness``, the mean of the random orders, and ``beats_random``, the share of them
     that the method's ``faithfulness`` exceeds. ``options`` are those of ``erasure_curves``.
     """
-    seq = question.input_ids.shape[1]
+    units = len(question.units)
     orders = [importance_order(result) for result in results.values()]
-    orders = torch.cat([torch.stack(orders), random_orders(seq, count, seed)])
+    orders = torch.cat([torch.stack(orders), random_orders(units, count, seed)])
     curves = erasure_curves(model, question, orders, **options)
     measures = pd.DataFrame({k: v.numpy() for k, v in erasure_measures(curves).items()})
     methods, chance = measures[: len(results)], measures["faithfulness"][len(results) :]
@@ -176,7 +171,7 @@ def against_random(model, question, results, *, count=20, seed=0, **options):
 
 
 @contextlib.contextmanager
-def randomised(model, layers, seed=0):
+def randomised(model: Any, layers: int, seed: int = 0) -> Iterator[Any]:
     """The model with its top ``layers`` layers re-initialised while inside, and restored after.
 
     Each weight matrix is drawn anew from a normal distribution with its own mean and deviation, so
@@ -203,7 +198,14 @@ def randomised(model, layers, seed=0):
             weight.data = data
 
 
-def randomisation(model, question, method, depths, seed=0, **options):
+def randomisation(
+    model: Any,
+    question: Question,
+    method: str,
+    depths: Sequence[int],
+    seed: int = 0,
+    **options: Any,
+) -> list[float]:
     """Rank correlation of a method's scores with themselves after layers are re-initialised.
 
     For each number of layers in ``depths``, counted from the top: a float near 1 says that the
@@ -222,8 +224,8 @@ def randomisation(model, question, method, depths, seed=0, **options):
 # --- numbers over many prompts -----------------------------------------------------------------
 
 
-def rank_correlation(first, second):
-    """Spearman's: +1 for the same order, -1 for the reverse, nan for fewer than three tokens.
+def rank_correlation(first: Any, second: Any) -> float:
+    """Spearman's: +1 for the same order, -1 for the reverse, nan for fewer than three.
 
     Introduced in notebooks/10_faithfulness.ipynb.
     """
@@ -233,7 +235,9 @@ def rank_correlation(first, second):
     return float(ranks[0].corr(ranks[1]))
 
 
-def bootstrap_interval(values, resamples=2000, seed=0):
+def bootstrap_interval(
+    values: Any, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
     """The mean of ``values`` and its 95 % interval: ``(mean, low, high)``.
 
     The interval is the percentile bootstrap's: the prompts are drawn again, with replacement, and
@@ -247,7 +251,7 @@ def bootstrap_interval(values, resamples=2000, seed=0):
     return float(values.mean()), float(low), float(high)
 
 
-def evidence_table(path=EVIDENCE):
+def evidence_table(path: Path = EVIDENCE) -> pd.DataFrame:
     """What ``make evidence`` measured with the bundled model, one number a row: a DataFrame.
 
     Columns: ``split``, ``family`` and ``case`` (of ``ground_truth``), ``tokens``, ``method``,
@@ -256,7 +260,9 @@ def evidence_table(path=EVIDENCE):
     return pd.read_parquet(path)
 
 
-def by_method(table, measure, family=None, **only):
+def by_method(
+    table: pd.DataFrame, measure: str, family: str | None = None, **only: Any
+) -> pd.DataFrame:
     """Mean and 95 % interval of one measure for each method, over prompts: a DataFrame.
 
     Cases 2k and 2k + 1 of a family are one minimal pair, asked in both directions, and not

@@ -19,7 +19,8 @@ import torch
 import yaml
 
 from helpers.errors import InputError
-from helpers.questions import ask, encode
+from helpers.prompts import read_prompt
+from helpers.questions import Question, ask
 
 DATA = Path(__file__).parent / "data" / "ground_truth.yml"
 FAMILIES = (
@@ -122,7 +123,7 @@ def solved(model, tokenizer, cases):
     for start in range(0, len(cases), CASES_PER_PASS):
         usable = []  # (case, prompt ids, counterfactual ids, target, foil)
         for case in cases[start : start + CASES_PER_PASS]:
-            ids, other = (encode(tokenizer, text) for text in (case.prompt, case.counterfactual))
+            ids, other = (read_prompt(tokenizer, text).ids for text in (case.prompt, case.counterfactual))
             target, foil = (
                 tokenizer(text, add_special_tokens=False)["input_ids"][0]
                 for text in (case.target, case.foil)
@@ -137,8 +138,14 @@ def solved(model, tokenizer, cases):
             ):
                 yield (
                     case,
-                    ask(model, tokenizer, case.prompt, target=target, foil=foil),
-                    ask(model, tokenizer, case.counterfactual, target=target, foil=foil),
+                    ask(model, tokenizer, case.prompt, target_ids=[target], foil_ids=[foil]),
+                    ask(
+                        model,
+                        tokenizer,
+                        case.counterfactual,
+                        target_ids=[target],
+                        foil_ids=[foil],
+                    ),
                 )
 
 

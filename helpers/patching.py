@@ -4,23 +4,19 @@ Attribution says what an answer goes with. Patching intervenes, so it says what 
 on, given a counterfactual: a prompt of the same length to which the model answers otherwise.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from helpers.attribution.engine import (
-    answer_only,
-    contrast,
-    embed_prompt,
-    frozen,
-    in_batches,
-    prompt_cache,
-)
+from helpers.attribution.engine import Asked, asking
 from helpers.errors import InputError
+from helpers.questions import Question
 
-LEAST_DIFFERENCE = 0.1  # logits: an effect is a share of the difference, and of nothing is noise
+LEAST_DIFFERENCE = 0.1  # nats: an effect is a share of the difference, and of nothing is noise
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,7 @@ class Patching:
     ``effects``    FloatTensor [layers + 1, seq] on the CPU: 0 where the patch changed nothing, 1
                    where it did as much as the whole prompt; below 0 or above 1 where it pushed the
                    other way or too far; NaN where it was not asked for
-    ``clean``, ``corrupted``  the objective of the two prompts, in logits
+    ``clean``, ``corrupted``  the objective of the two prompts, in nats
     ``direction``  ``"restore"`` or ``"destroy"``
     ``forwards``   rows that were run forward, each from the layer of its patch on
     """
@@ -42,7 +38,15 @@ class Patching:
     forwards: int
 
 
-def patch_positions(model, clean, corrupted, *, direction="restore", depths=None, positions=None):
+def patch_positions(
+    model: Any,
+    clean: Question,
+    corrupted: Question,
+    *,
+    direction: str = "restore",
+    depths: Iterable[int] | None = None,
+    positions: Iterable[int] | None = None,
+) -> Patching:
     """How much of the answer one hidden state carries, for every depth and position.
 
     ``clean`` and ``corrupted`` are questions about two prompts of the same number of tokens, with
@@ -83,42 +87,56 @@ def patch_positions(model, clean, corrupted, *, direction="restore", depths=None
         and (depth < layers or position == seq - 1)  # of the last states only this one is read
         and position >= first
     ]
-    with torch.inference_mode(), frozen(model), answer_only(model, clean) as question:
-        pair = [embed_prompt(model, clean), embed_prompt(model, corrupted)]
+    with torch.inference_mode(), asking(model, [clean]) as asked:
+        if asked.embeds.shape[1] > 1:
+            raise InputError(
+                "Patching reads one text, and target and foil are both of several tokens: make one "
+                "of them a single token."
+            )
+        # the run that gives states, and the one that gets: [2, length, dim]
+        pair = [asked.embeds[0, 0], Asked(model, [corrupted]).embeds[0, 0]]
         if direction == "destroy":
             pair.reverse()
-        pair = torch.cat(pair)  # [2, seq, dim]: the run that gives states, and the one that gets
-        cache = prompt_cache(model, pair[:1, :first])[1] if first else None
+        pair = torch.stack(pair)
+        cache = asked.beginning()[1] if first else None  # what both prompts begin with
         if cache is None:
             first = 0
 
         def run(some):
-            return patched_objectives(model, pair[:, first:], question, some, first, cache)
+            return patched_objectives(asked, pair[:, first:], some, first, cache)
 
         given, received = run([]).tolist()
         moved = given - received
         if abs(moved) < LEAST_DIFFERENCE:
             raise InputError(
                 f"The two prompts give nearly the same objective, {given:+.2f} and "
-                f"{received:+.2f} logits, so there is nothing to explain: choose a "
+                f"{received:+.2f} nats, so there is nothing to explain: choose a "
                 "counterfactual that changes the answer, or its answer as the foil."
             )
         # every batch computes the two runs again, at the head of its rows
-        values = in_batches(model, lambda some: run(some)[2:].tolist(), cells, seq - first)
+        length = pair.shape[1] - first
+        values = asked.in_batches(lambda some: run(some)[2:].tolist(), cells, length)
     for (depth, position), value in zip(cells, chain(*values), strict=True):
         effects[depth, position] = (value - received) / moved
     whole, other = (given, received) if direction == "restore" else (received, given)
     return Patching(effects, whole, other, direction, 2 + len(cells))
 
 
-def patched_objectives(model, pair, question, cells, first=0, cache=None):
+def patched_objectives(
+    asked: Asked,
+    pair: torch.Tensor,
+    cells: list[tuple[int, int]],
+    first: int = 0,
+    cache: DynamicCache | None = None,
+) -> torch.Tensor:
     """The objective of two runs, and of the second with one state from the first: [2 + cells].
 
-    ``pair`` [2, seq, dim] are the embeddings of both from position ``first`` on; what stands before
-    is the same in both, its keys and values are in ``cache``. ``cells`` are (depth, position),
-    depths ascending.
+    ``pair`` [2, length, dim] are the embeddings of both from position ``first`` on; what stands
+    before is the same in both, its keys and values are in ``cache``. ``cells`` are (depth,
+    position), depths ascending.
     """
-    by_depth = {0: []}
+    model = asked.model
+    by_depth: dict[int, list[int]] = {0: []}
     for depth, position in cells:
         by_depth.setdefault(depth, []).append(position - first)
     modules = [*model.model.layers, model.model.norm]
@@ -128,36 +146,33 @@ def patched_objectives(model, pair, question, cells, first=0, cache=None):
 
             def join(module, args, depth=depth, positions=positions):
                 # One row enters the model, so that its mask, if it made one, fits any number.
-                states = pair if depth == 0 else args[0]  # [rows so far, seq, dim]
+                states = pair if depth == 0 else args[0]  # [rows so far, length, dim]
                 patched = states[1].repeat(len(positions), 1, 1)
                 patched[range(len(positions)), positions] = states[0, positions]
                 return (torch.cat([states, patched]), *args[1:])
 
             hooks.append(modules[depth].register_forward_pre_hook(join))
-        logits = _logits(model, pair[:1], cells, cache)
+        past = None if cache is None else _shared(cache, first, cells)
+        rows = 2 + len(cells)
+        return asked.values_of_one(pair[:1, None], rows, first, past)[:, 0]
     finally:
         for hook in hooks:
             hook.remove()
-    return contrast(logits, question)
 
 
-def _logits(model, embeds, cells, cache):
-    """The last position's logits [rows, vocab], given the shared beginning, if there is one."""
-    past = None
-    if cache is not None:
-        past = DynamicCache()
-        for index, layer in enumerate(cache.layers):
-            rows = 2 + sum(depth <= index for depth, _ in cells)  # that have joined by this layer
-            past.update(
-                layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), index
-            )
-    output = model(
-        inputs_embeds=embeds, past_key_values=past, use_cache=past is not None, logits_to_keep=1
-    )
-    return output.logits[:, -1].float()
+def _shared(cache, first, cells):
+    """The shared beginning, as many times as rows have joined by each layer."""
+    past = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        rows = 2 + sum(depth <= index for depth, _ in cells)
+        keys, values = (
+            some[:, :, :first].expand(rows, -1, -1, -1) for some in (layer.keys, layer.values)
+        )
+        past.update(keys, values, index)
+    return past
 
 
-def causal_scores(effects):
+def causal_scores(effects: torch.Tensor) -> torch.Tensor:
     """One number for each position: its mean effect over the depths before the last. [seq]
 
     At every depth the answer's information is somewhere; the mean is the share of the way that it
@@ -170,7 +185,7 @@ def causal_scores(effects):
     return effects[:-1].nanmean(dim=0)
 
 
-def first_difference(clean, corrupted):
+def first_difference(clean: Question, corrupted: Question) -> int:
     """The first position at which two questions differ; ``InputError`` if they are no pair."""
     seq, other = clean.input_ids.shape[1], corrupted.input_ids.shape[1]
     if seq != other:

@@ -1,134 +1,365 @@
 """One question, fixed once, that every attribution method then answers.
 
-A question is a prompt in token ids, the token whose logit is to be explained (the target) and,
-if wanted, the token it is compared with (the foil).
+A question is what a model reads, the tokens whose probability is to be explained (the target) and,
+if wanted, the tokens they are compared with (the foil). What is explained is
+
+    log p(target | prompt) - log p(foil | prompt)
+
+by the chain rule over as many tokens as each has; without a foil, the first term alone.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from helpers.errors import InputError
+from helpers.prompts import (
+    Prompt,
+    Unit,
+    continuation,
+    prompt_units,
+    read_prompt,
+    spans_by_decoding,
+    token_labels,
+    word_places,
+)
+
+OBJECTIVES = ("log_probability", "logit")
+WEAK = 0.01  # a probability below which the model hardly meant it
+BEST = 10  # a target outside of so many next tokens is told
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and the prediction about it that is to be explained.
+    """What is read, and the prediction about it that is to be explained.
 
-    ``input_ids`` is a LongTensor [1, seq] on the model's device; ``labels`` holds seq readable
-    strings; ``target`` and ``foil`` are token ids (``foil`` may be ``None``), and
-    ``target_label`` and ``foil_label`` the same as text.
+    ``prompt``        the text or the messages, as given
+    ``input_ids``     LongTensor [1, seq] on the model's device: what is read before the target
+    ``labels``        seq readable strings; ``parts`` says whose words each token is
+    ``units``         what gets a score: a list of ``Unit``. An answer of several tokens without a
+                      foil adds its own earlier tokens, with ``part`` ``"answer"``: later tokens
+                      were written after reading them. With a foil only what was read is explained
+    ``target``, ``foil``  token ids as tuples; ``foil`` is ``None`` without one
+    ``target_label``, ``foil_label``  the same as text; ``answer`` without control tokens
+    ``probability``   of the whole target, given the prompt
+    ``notes``         sentences: what makes the question a weak one
+    ``top``, ``top_probability``  the model's own next token after the prompt, and its probability
+    ``rank``          the place of the target's first token among the next tokens, from 1
+    ``objective``     ``"log_probability"``, or ``"logit"`` for the raw logits of the usual code
+
+    ``target`` and what depends on it are ``None`` while a question is open: see ``ask_all``.
     """
 
-    prompt: str
+    prompt: Any
     input_ids: torch.Tensor
     labels: list[str]
-    target: int
-    foil: int | None
-    target_label: str
-    foil_label: str | None
+    parts: list[str]
+    units: list[Unit]
+    target: tuple[int, ...] | None = None
+    foil: tuple[int, ...] | None = None
+    target_label: str | None = None
+    foil_label: str | None = None
+    answer: str | None = None
+    probability: float | None = None
+    notes: tuple[str, ...] = ()
+    top: int | None = None
+    top_probability: float | None = None
+    rank: int | None = None
+    objective: str = "log_probability"
+    grouping: str = "tokens"
+    read: Prompt | None = field(default=None, repr=False, compare=False)
+    tokenizer: Any = field(default=None, repr=False, compare=False)
+    rival: tuple[int, str] | None = field(default=None, repr=False, compare=False)
 
-    def __str__(self):
+    def __str__(self) -> str:
         """Why " Riga"?, or why " Riga" rather than " Tallinn"?"""
         rather = "" if self.foil is None else f" rather than {self.foil_label!r}"
         return f"why {self.target_label!r}{rather}?"
 
+    def places(self, words: str) -> list[list[int]]:
+        """Positions of each occurrence of whole ``words`` in what was written; see there."""
+        return word_places(self.read, words) if self.read else []
 
-def ask(model, tokenizer, prompt, *, target=None, foil=None, chat=False):
+
+@dataclass(frozen=True)
+class Facts:
+    """What one pass says of a question: see the fields of the same names in ``Question``."""
+
+    target: tuple[int, ...]
+    probability: float
+    top: int
+    top_probability: float
+    rank: int
+    own: bool  # whether each target token is the model's own choice at its place
+    first: float  # the probability of the target's first token
+    rival: float  # the same of the target with or without its leading space; 0 where not asked
+
+
+def ask(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | Sequence[dict],
+    *,
+    target: str | None = None,
+    foil: str | None = None,
+    target_ids: Sequence[int] | None = None,
+    foil_ids: Sequence[int] | None = None,
+    answer: int | str | bool | None = None,
+    units: str = "tokens",
+    sources: Sequence[str] | None = None,
+    chat: bool = False,
+    raw: bool = False,
+    objective: str = "log_probability",
+) -> Question:
     """Fix a question: why does ``prompt`` lead to ``target`` (rather than to ``foil``)?
 
-    ``target`` is text that is exactly one token (mind its leading space: ``" Rig"``), a token id,
-    or ``None`` for the model's own most likely next token. ``foil`` likewise, ``None`` for no
-    comparison. ``chat=True`` puts the prompt through the model's chat template, as one user turn.
+    ``prompt`` is a text, or a list of messages with ``role`` and ``content``, the last of which
+    may be the beginning of the assistant's; ``chat=True`` puts a text through the template as one
+    message of the user. ``target`` and ``foil`` are texts of any length, read as they go on after
+    the prompt (mind the leading space: ``" Riga"``); token ids go by ``target_ids`` and
+    ``foil_ids``. ``answer`` is a number of tokens, for the model's own greedy answer of at most so
+    many, or a text. With none of these the target is the model's own next token.
 
-    Raises ``InputError`` for an empty prompt, one longer than the model's context, a target or
-    foil that is not one token, or a foil equal to the target.
+    ``units`` is ``"tokens"``, ``"words"``, ``"sentences"`` or ``"turns"``; ``sources`` are passages
+    of the prompt that become the units, with the sentences around them. ``raw=True`` says that the
+    prompt is a finished template, whose control tokens count.
+
+    Raises ``InputError`` for what cannot mean anything; what is legal but weak is in ``notes``.
 
     notebooks/03_generation.ipynb takes it apart.
     """
-    question = read_question(model, tokenizer, prompt, target=target, foil=foil, chat=chat)
-    if question.target is not None:
-        return question
-    with torch.inference_mode():
-        logits = model(question.input_ids, use_cache=False, logits_to_keep=1).logits[0, -1]
-    return with_target(tokenizer, question, logits.argmax().item())
-
-
-def read_question(model, tokenizer, prompt, *, target=None, foil=None, chat=False):
-    """What ``ask`` can say before the model is run: without a ``target``, it is left ``None``."""
-    input_ids, target, foil = check_question(
+    question = read_question(
         tokenizer,
         prompt,
         target=target,
         foil=foil,
+        target_ids=target_ids,
+        foil_ids=foil_ids,
+        answer=answer,
+        units=units,
+        sources=sources,
         chat=chat,
-        context=model.config.max_position_embeddings,
+        raw=raw,
+        objective=objective,
+        model=model,
     )
-    return Question(
+    if answer is True or isinstance(answer, int) and not isinstance(answer, bool):
+        question = with_answer(model, question, ANSWER if answer is True else answer)
+    return ask_of(model, question)
+
+
+def ask_of(model: Any, question: Question) -> Question:
+    """``question`` completed by one pass over what it reads and its target."""
+    ids = question.input_ids
+    if question.target is not None:
+        ids = torch.cat([ids, ids.new_tensor([question.target[:-1]])], dim=1)
+    count = len(question.target or (None,))
+    with torch.inference_mode():
+        logits = model(ids, use_cache=False, logits_to_keep=count).logits[0, -count:].float()
+    return completed(question, read_facts(logits, question.target, question.rival))
+
+
+ANSWER = 40  # tokens of the model's own answer, where no number is given
+
+
+def read_question(
+    tokenizer: Any,
+    prompt: str | Sequence[dict],
+    *,
+    target: str | None = None,
+    foil: str | None = None,
+    target_ids: Sequence[int] | None = None,
+    foil_ids: Sequence[int] | None = None,
+    answer: int | str | bool | None = None,
+    units: str = "tokens",
+    sources: Sequence[str] | None = None,
+    chat: bool = False,
+    raw: bool = False,
+    objective: str = "log_probability",
+    model: Any = None,
+    context: int | None = None,
+    vocabulary: int | None = None,
+) -> Question:
+    """What ``ask`` can say before a model is run: every check that needs none.
+
+    ``model`` tells the longest text it reads and the size of its embedding table; without one,
+    ``context`` and ``vocabulary`` do, and ``None`` checks neither. Without a target the question is
+    open.
+    """
+    if objective not in OBJECTIVES:
+        raise InputError(
+            f"There is no objective {objective!r}: use {' or '.join(OBJECTIVES)}.",
+            field="objective",
+        )
+    read = read_prompt(tokenizer, prompt, chat=chat, raw=raw)
+    device = "cpu"
+    if model is not None:
+        table = model.get_input_embeddings().weight
+        device, vocabulary = table.device, len(table)
+        config = getattr(model.config, "get_text_config", lambda: model.config)()
+        context = getattr(config, "max_position_embeddings", None)
+    ids, notes, rival = _named(tokenizer, read, target, target_ids, "target")
+    others, more, _ = _named(tokenizer, read, foil, foil_ids, "foil")
+    notes += more
+    if answer is not None and answer is not False:
+        if ids is not None:
+            raise InputError("Give a target or an answer, not both.", field="answer")
+        if others is not None:
+            raise InputError(
+                "An answer has no foil: name target and foil, or the answer alone.", field="answer"
+            )
+        if isinstance(answer, str):
+            ids, notes, rival = _named(tokenizer, read, answer, None, "answer")
+        elif not isinstance(answer, bool) and (not isinstance(answer, int) or answer < 1):
+            raise InputError(
+                f"The answer {answer!r} is neither a text nor a number of tokens from 1.",
+                field="answer",
+            )
+    room = ANSWER if answer is True else answer if isinstance(answer, int) else 0
+    room = max(room, len(ids or ()), len(others or ()))
+    _check_size(tokenizer, read.ids, [ids, others], room, context, vocabulary)
+    chat_given = chat or not isinstance(prompt, str)
+    if getattr(tokenizer, "chat_template", None) and not chat_given and not raw:
+        notes += (
+            "The model has a chat template and was asked without it: messages or chat=True would "
+            "ask as it was trained.",
+        )
+    question = Question(
         prompt=prompt,
-        input_ids=torch.tensor([input_ids], device=model.get_input_embeddings().weight.device),
-        labels=token_labels(tokenizer, input_ids),
-        target=target,
-        foil=foil,
-        target_label=None if target is None else tokenizer.decode([target]),
-        foil_label=None if foil is None else tokenizer.decode([foil]),
+        input_ids=torch.tensor([read.ids], device=device),
+        labels=read.labels,
+        parts=read.parts,
+        units=prompt_units(read, units, sources),
+        foil=others,
+        foil_label=None if others is None else tokenizer.decode(others),
+        notes=notes,
+        objective=objective,
+        grouping="sources" if sources is not None else units,
+        read=read,
+        tokenizer=tokenizer,
+        rival=rival,
+    )
+    return question if ids is None else with_target(question, ids)
+
+
+def with_target(question: Question, target: Sequence[int]) -> Question:
+    """``question`` about the token ids ``target``; ``InputError`` if they are its foil."""
+    target, tokenizer = tuple(target), question.tokenizer
+    label = tokenizer.decode(target)
+    if target == question.foil:
+        raise InputError(
+            f"The foil {label!r} is the target itself, so there is nothing to compare: choose "
+            "another foil.",
+            field="foil",
+        )
+    shorter = min(len(target), len(question.foil or target))
+    if question.foil is not None and target[:shorter] == question.foil[:shorter]:
+        raise InputError(
+            f"The target {label!r} and the foil {question.foil_label!r} begin alike and one of them "
+            "ends there, so they are no alternatives: write both to the end of a word.",
+            field="foil",
+        )
+    units = [unit for unit in question.units if unit.part != "answer"]
+    if question.foil is None and len(target) > 1:
+        units += _answer_units(question, target)
+    text = tokenizer.decode(target, skip_special_tokens=True)
+    return replace(question, target=target, target_label=label, answer=text, units=units)
+
+
+def completed(question: Question, facts: Facts) -> Question:
+    """``question`` with what a pass found, and with what makes it a weak one.
+
+    Raises ``InputError`` if an open question's foil turns out to be the model's own next token.
+    """
+    tokenizer = question.tokenizer
+    if question.target is None:
+        question = with_target(question, facts.target)
+    notes = list(question.notes)
+    if not facts.own:
+        notes.append(
+            f"The target is not the model's own answer, which begins with "
+            f"{tokenizer.decode([facts.top])!r} ({facts.top_probability:.1%})."
+        )
+    if question.rival is not None and facts.rival > facts.first:
+        notes.append(
+            f"{question.rival[1]!r} is nearer to what the model expects: it begins with a token of "
+            f"{facts.rival:.2%}, {question.target_label!r} with one of {facts.first:.2%}."
+        )
+    if facts.rank > BEST:
+        notes.append(
+            f"The target's first token is only number {facts.rank:,} of the next tokens: what the "
+            "model hardly considers is explained poorly."
+        )
+    if facts.probability < WEAK:
+        notes.append(f"The target has a probability of {facts.probability:.2g} only.")
+    return replace(
+        question,
+        probability=facts.probability,
+        notes=tuple(notes),
+        top=facts.top,
+        top_probability=facts.top_probability,
+        rank=facts.rank,
     )
 
 
-def with_target(tokenizer, question, target):
-    """``question`` about the token id ``target``; ``InputError`` if that is its foil."""
-    _refuse_same(tokenizer, target, question.foil)
-    return replace(question, target=target, target_label=tokenizer.decode([target]))
+def read_facts(
+    logits: torch.Tensor, target: Sequence[int] | None, rival: tuple[int, str] | None = None
+) -> Facts:
+    """What logits [tokens of the target, vocab] say of the target, given all before each token.
 
-
-def check_question(tokenizer, prompt, *, target=None, foil=None, chat=False, context=None):
-    """``(input_ids, target, foil)`` as lists and ids, or ``InputError``: all that needs no model.
-
-    ``context`` is the most tokens the model can read. A ``target`` of ``None`` stays ``None``.
+    An open target is the most likely token of the only row.
     """
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError("The prompt is empty: write at least one word.", field="prompt")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise InputError(
-            "The prompt has half of a surrogate pair in it: save it as UTF-8 again.", field="prompt"
-        )
-    input_ids = encode(tokenizer, prompt, chat=chat)
-    if not input_ids:
-        raise InputError(
-            f"The prompt {prompt!r} has no token this model knows: use other text.", field="prompt"
-        )
-    if context is not None and len(input_ids) > context:
-        raise InputError(
-            f"The prompt is {len(input_ids):,} tokens long and the model reads at most "
-            f"{context:,}: shorten it.",
-            field="prompt",
-        )
-    target = _one_token(tokenizer, target, "target")
-    foil = _one_token(tokenizer, foil, "foil")
-    if target is not None:
-        _refuse_same(tokenizer, target, foil)
-    return input_ids, target, foil
+    tops = logits.argmax(dim=-1)  # [tokens]
+    ids = tops[:1] if target is None else torch.tensor(list(target), device=logits.device)
+    chosen = logits.gather(1, ids[:, None])[:, 0]  # [tokens]
+    logs = chosen - logits.logsumexp(dim=-1)
+    top = logits[0, tops[0]] - logits[0].logsumexp(dim=-1)
+    return Facts(
+        target=tuple(ids.tolist()),
+        probability=float(logs.sum().exp()),
+        top=int(tops[0]),
+        top_probability=float(top.exp()),
+        rank=1 + int((logits[0] > chosen[0]).sum()),
+        own=bool((tops == ids).all()),
+        first=float(logs[0].exp()),
+        rival=0.0 if rival is None else float((logits[0, rival[0]] - logits[0].logsumexp(-1)).exp()),
+    )
 
 
-def encode(tokenizer, prompt, *, chat=False):
-    """The token ids of ``prompt``, as a list; inside the chat template if ``chat``.
+def greedy_answer(model: Any, input_ids: torch.Tensor, most: int, ends: set[int]) -> list[int]:
+    """The most likely token, again and again: at most ``most`` ids, the last of ``ends`` included.
 
-    The template writes its own special tokens, so the tokenizer must not add a second set.
+    The raw logits decide. ``model.generate`` would also apply what a checkpoint's own settings say
+    about repetition, forced or suppressed tokens and beams, and another answer would be explained
+    than the one that the logits give.
     """
-    if not chat:
-        return tokenizer(prompt)["input_ids"]
-    if tokenizer.chat_template is None:
-        raise InputError(
-            "This model has no chat template, so chat=True cannot be used: ask the raw prompt, or "
-            "take an instruct model.",
-            field="chat",
-        )
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    written: list[int] = []
+    step, past = input_ids, None
+    with torch.inference_mode():
+        while len(written) < most and not ends & set(written[-1:]):
+            output = model(step, past_key_values=past, use_cache=True, logits_to_keep=1)
+            past = getattr(output, "past_key_values", None)
+            written.append(int(output.logits[0, -1].float().argmax()))
+            step = step.new_tensor([written[-1:]])
+            if past is None:
+                step = torch.cat([input_ids, step.new_tensor([written])], dim=1)
+    return written
 
 
-def top_tokens(model, tokenizer, input_ids, k=5):
+def with_answer(model: Any, question: Question, most: int) -> Question:
+    """``question`` about the model's own greedy answer of at most ``most`` tokens."""
+    ends = {question.tokenizer.eos_token_id}
+    for config in (model.config, getattr(model, "generation_config", None)):
+        found = getattr(config, "eos_token_id", None)
+        ends |= set(found if isinstance(found, list) else [found])
+    return with_target(question, greedy_answer(model, question.input_ids, most, ends - {None}))
+
+
+def top_tokens(
+    model: Any, tokenizer: Any, input_ids: torch.Tensor, k: int = 5
+) -> list[tuple[str, float, float]]:
     """The model's ``k`` most likely next tokens after ``input_ids`` [1, seq].
 
     Returns a list of ``(text, probability, logit)``, the most likely first.
@@ -143,60 +374,83 @@ def top_tokens(model, tokenizer, input_ids, k=5):
     return list(zip(texts, probabilities.tolist(), top.values.tolist(), strict=True))
 
 
-def token_labels(tokenizer, token_ids):
-    """One readable string for each token id.
-
-    A byte-level tokenizer may spread one character over several tokens, and no single one of them
-    can be decoded alone. Such a run is labelled with the text it spells together and the place of
-    each token in it: ``你[1/2]``, ``你[2/2]``.
-
-    Introduced in notebooks/02_tokenization.ipynb.
-    """
-    labels, start = [], 0
-    while start < len(token_ids):
-        for end in range(start + 1, min(start + 8, len(token_ids)) + 1):
-            run = token_ids[start:end]
-            text = tokenizer.decode(run, clean_up_tokenization_spaces=False)
-            broken = "\N{REPLACEMENT CHARACTER}" in text  # off inside a character
-            if not broken or tokenizer(text, add_special_tokens=False)["input_ids"] == run:
-                break  # the second case: the prompt itself holds a U+FFFD
-        else:  # part of no whole character: named as the tokenizer names its bytes
-            run = token_ids[start : start + 1]
-            (text,) = tokenizer.convert_ids_to_tokens(run)
-        of = f"/{len(run)}]"
-        labels += [f"{text}[{i}{of}" if len(run) > 1 else text for i in range(1, len(run) + 1)]
-        start += len(run)
-    return labels
+# --- target and foil ---------------------------------------------------------------------------
 
 
-def _one_token(tokenizer, text, role):
-    """The id of ``text``, which has to be exactly one token."""
+def _named(tokenizer, read, text, ids, role):
+    """``(ids or None, notes, rival)`` of what is named by text or by ids."""
+    if text is not None and ids is not None:
+        raise InputError(f"Give the {role} as text or as ids, not both.", field=role)
+    if ids is not None:
+        if isinstance(ids, str) or not isinstance(ids, Sequence | torch.Tensor) or not len(ids):
+            raise InputError(f"{role}_ids must list at least one token id.", field=f"{role}_ids")
+        ids = [
+            each.item() if isinstance(each, torch.Tensor) and each.dim() == 0 else each
+            for each in ids
+        ]
+        if not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
+            raise InputError(f"{role}_ids must be whole numbers.", field=f"{role}_ids")
+        return tuple(ids), (), None
     if text is None:
-        return None
-    if isinstance(text, int) and not isinstance(text, bool):
-        if not 0 <= text < len(tokenizer):
-            raise InputError(
-                f"The {role} {text} is not a token id: it must be from 0 to {len(tokenizer) - 1}.",
-                field=role,
-            )
-        return text
+        return None, (), None
     if not isinstance(text, str) or not text:
-        raise InputError(f"The {role} must be the text of one token, such as ' Rig'.", field=role)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) == 1:
-        return ids[0]
-    pieces = token_labels(tokenizer, ids)
-    raise InputError(
-        f"The {role} {text!r} is {len(ids)} tokens, {pieces}, and one is needed: use its first, "
-        f"{pieces[0]!r}.",
-        field=role,
-    )
-
-
-def _refuse_same(tokenizer, target, foil):
-    if target == foil:
-        raise InputError(
-            f"The foil {tokenizer.decode([foil])!r} is the target itself, so there is nothing to "
-            "compare: choose another foil.",
-            field="foil",
+        hint = f" Token ids go by {role}_ids." if isinstance(text, int | list | tuple) else ""
+        raise InputError(f"The {role} must be text, such as ' Riga'.{hint}", field=role)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"The {role} has half of a surrogate pair in it.", field=role)
+    found, merged = continuation(tokenizer, read, text)
+    if not found:
+        raise InputError(f"The {role} {text!r} has no token this model knows.", field=role)
+    notes = ()
+    if merged:
+        pieces = token_labels(tokenizer, found)
+        notes += (
+            f"The {role} {text!r} merges with the last token of the prompt when written in one; "
+            f"it was read by itself, as {pieces}.",
         )
+    if not token_labels(tokenizer, found)[0].strip() and text.strip():
+        notes += (f"The first token of the {role} {text!r} is blank.",)
+    other = text[1:] if text.startswith(" ") else f" {text}"
+    rival = continuation(tokenizer, read, other)[0] if other.strip() else []
+    return tuple(found), notes, (rival[0], other) if rival and rival[0] != found[0] else None
+
+
+def _check_size(tokenizer, ids, named, room, context, vocabulary):
+    if context is not None and len(ids) + max(0, room - 1) > context:
+        behind = f" with {room:,} more behind it" if room > 1 else ""
+        raise InputError(
+            f"The prompt is {len(ids):,} tokens long{behind} and the model reads at most "
+            f"{context:,}: shorten it.",
+            field="prompt",
+        )
+    for role, some in zip(("prompt", "target", "foil"), (ids, *named), strict=True):
+        for each in some or ():
+            if each < 0 or (vocabulary is not None and each >= vocabulary):
+                most = f" to {vocabulary - 1:,}" if vocabulary else ""
+                raise InputError(
+                    f"The {role} holds the token id {each}, for which the model has no embedding: "
+                    f"ids go from 0{most}.",
+                    field=role,
+                )
+
+
+def _answer_units(question, target):
+    """Units of the answer's own tokens but the last, which nothing was written after."""
+    seq, tokenizer = question.input_ids.shape[1], question.tokenizer
+    labels = token_labels(tokenizer, target)[:-1]
+    if question.grouping == "tokens":
+        return [Unit(label, (seq + i,), "answer") for i, label in enumerate(labels)]
+    kind = {"words": "words", "sentences": "sentences"}.get(question.grouping, "turns")
+    return [
+        Unit(text, tuple(seq + i for i in positions), "answer")
+        for text, positions in _grouped(tokenizer, target[:-1], labels, kind)
+    ]
+
+
+def _grouped(tokenizer, ids, labels, kind):
+    """``(text, places)`` of an answer's words or sentences, or of all of it."""
+    text = tokenizer.decode(ids)
+    spans = spans_by_decoding(tokenizer, list(ids))
+    whole = [(0, len(text), "answer")]
+    read = Prompt(text, list(ids), spans, ["answer"] * len(ids), labels, whole)
+    return [(unit.label, unit.positions) for unit in prompt_units(read, kind)]

@@ -1,106 +1,226 @@
-"""How much each token of a prompt moved the prediction: one function a method.
+"""How much each unit of a prompt moved the prediction: one function a method.
 
-All methods explain one number, the objective: the logit of the target, less the logit of the foil
-where there is one. They return an ``Attribution``, which carries its own evidence: how far the
-scores are from adding up (``gap``), whether that was near enough (``closed``), how well each is
-known (``errors``) and what they cost (``evaluations``, ``forwards``, ``seconds``).
+All methods explain the numbers that a question asks for: the log-probability of the target, minus
+that of the foil where there is one. They return an ``Attribution``, which carries its own evidence:
+how far the scores are from adding up (``gap``), whether that was near enough (``closed``), how well
+each is known (``errors``) and what they cost (``evaluations``, ``forwards``, ``seconds``).
 
-A method is a function ``(model, question, ...) -> Attribution``. To add one, write it in the module
-it belongs to and name it in ``METHODS``; comparison, reports and benchmarks pick it up from there.
+``attribute`` is for one question, ``attribute_all`` for many; both are views of one engine, in
+which a whole answer is a question with several outputs.
 """
 
 import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
+from typing import Any
 
-from helpers.attribution.attention import attention, attention_rollout, last_attention_rows
-from helpers.attribution.control import random
-from helpers.attribution.decomposition import alti_logit
 from helpers.attribution.engine import (
-    answer_only,
+    Asked,
+    asking,
     embed_prompt,
-    frozen,
+    in_batches,
     objective,
     objective_gradient,
     rows_per_batch,
+    shape_of,
     working_precision,
 )
-from helpers.attribution.gradients import gradient_x_input, saliency
+from helpers.attribution.methods import BUDGET, METHODS, Method, Price
 from helpers.attribution.path import (
     baseline_embeds,
-    completeness_gap,
     fixed_step_integrated_gradients,
     halve,
-    integrated_gradients,
-    path_slopes,
     refine,
     simpson,
 )
-from helpers.attribution.perturbation import (
-    occlusion,
-    replaced_outputs,
-    replaced_values,
-    shapley,
-)
-from helpers.attribution.relevance import relevance
-from helpers.attribution.result import Attribution
+from helpers.attribution.result import Attribution, attribution, attributions, completeness_gap
 from helpers.errors import InputError
+from helpers.questions import Question, ask_of, completed
 
 __all__ = [
+    "BUDGET",
     "METHODS",
+    "Asked",
     "Attribution",
+    "Method",
+    "Price",
+    "asking",
     "attribute",
+    "attribute_all",
+    "attribution",
+    "attributions",
     "baseline_embeds",
     "completeness_gap",
     "embed_prompt",
     "fixed_step_integrated_gradients",
     "halve",
-    "last_attention_rows",
     "objective",
     "objective_gradient",
-    "path_slopes",
     "refine",
-    "replaced_outputs",
-    "replaced_values",
     "rows_per_batch",
     "simpson",
 ]
 
-METHODS = {
-    "saliency": saliency,
-    "gradient_x_input": gradient_x_input,
-    "attention": attention,
-    "attention_rollout": attention_rollout,
-    "alti_logit": alti_logit,
-    "relevance": relevance,
-    "integrated_gradients": integrated_gradients,
-    "occlusion": occlusion,
-    "shapley": shapley,
-    "random": random,
-}
+HELD = 4096  # questions that are sorted by shape together
 
 
-def attribute(model, question, method, *, precision=None, **options):
+def attribute(
+    model: Any,
+    question: Question,
+    method: str,
+    *,
+    each: bool = False,
+    objective: str | None = None,
+    precision: str | None = None,
+    budget: int | None = None,
+    **options: Any,
+) -> Attribution:
     """The attribution of ``question`` by ``method``, a key of ``METHODS``.
 
-    ``precision="bfloat16"`` does the matrix products in half precision, which is faster and a
-    little less exact; ``None`` leaves the model's own. ``options`` are the method's own, for
-    example ``tolerance`` for ``"integrated_gradients"``. The model is left as it was found.
+    ``each=True`` also gives the scores of every output token by itself. ``objective="logit"``
+    explains raw logits in place of log-probabilities. ``precision="bfloat16"`` does the matrix
+    products in half precision, which is faster and a little less exact; ``None`` leaves the model's
+    own. ``budget``, tokens x gradients, sets the options that cost most as a report does, and
+    ``options`` are the method's own, for example ``tolerance`` for ``"integrated_gradients"``. The
+    model is left as it was found.
 
-    Raises ``InputError`` for an unknown method or precision.
+    Raises ``InputError`` for an unknown method, option or precision, a method that this model does
+    not support, and one that the budget does not allow.
     """
-    if method not in METHODS:
-        raise InputError(f"There is no method {method!r}: choose from {', '.join(METHODS)}.")
-    started = time.perf_counter()
-    with frozen(model), working_precision(model, precision), answer_only(model, question) as answer:
-        result = METHODS[method](model, answer, **options)
-    return replace(
-        result,
-        method=method,
-        scores=_plain(result.scores),
-        errors=None if result.errors is None else _plain(result.errors),
-        seconds=time.perf_counter() - started,
+    if objective is not None:
+        question = replace(question, objective=objective)
+    ((_, results),) = attribute_all(
+        model, [question], {method: options}, each=each, precision=precision, budget=budget
     )
+    if method not in results:
+        raise InputError(f"A budget of {budget:,} tokens x gradients is too small for {method}.")
+    return results[method]
 
 
-def _plain(scores):
-    return scores.detach().float().cpu()
+def attribute_all(
+    model: Any,
+    questions: Iterable[Question],
+    methods: Iterable[str] | Mapping[str, Mapping[str, Any]],
+    *,
+    each: bool = False,
+    precision: str | None = None,
+    budget: int | None = None,
+) -> Iterator[tuple[Question, dict[str, Attribution]]]:
+    """What each of ``methods`` says of each question: ``(question, {method: Attribution})``.
+
+    ``methods`` are keys of ``METHODS``, or a mapping from these to their options. In the order of
+    ``questions``, of which some thousand are held at a time and those of one shape run together;
+    no padding and no mask is needed, and the scores are those of ``attribute``, to float32's
+    rounding. An open question is completed on the way; where its foil turns out to be the model's
+    own next token, it comes back open and without results, as there is nothing to compare. With a
+    ``budget``, a method that it does not allow for a prompt is left out there.
+
+    ``seconds`` is a pass's time shared evenly among its rows, and among the methods that read it.
+
+    Raises ``InputError``, before anything is run, for an unknown method and for one that does not
+    support this model.
+    """
+    wanted = dict(methods) if isinstance(methods, Mapping) else {name: {} for name in methods}
+    for name in wanted:
+        refused = METHODS[name].refusal(model)
+        if refused is not None:
+            raise InputError(f"The method {name} cannot run. {refused}", field="methods")
+    stream = iter(questions)
+    with working_precision(model, precision):
+        while held := list(islice(stream, HELD)):
+            yield from _attribute_held(model, held, wanted, each, budget)
+
+
+def _attribute_held(model, questions, wanted, each, budget):
+    questions = [_settled(model, question) for question in questions]
+    groups: dict[Any, list[int]] = {}
+    for place, question in enumerate(questions):
+        options = _options_of(question, wanted, budget)
+        key = shape_of(question), repr(sorted(options.items(), key=str)) if budget else ""
+        groups.setdefault(key, []).append(place)
+    found: dict[int, tuple[Question, dict[str, Attribution]]] = {}
+    for places in groups.values():
+        options = _options_of(questions[places[0]], wanted, budget)
+
+        def run(some, options=options):
+            return _run(model, [questions[place] for place in some], options, each)
+
+        length = questions[places[0]].input_ids.shape[1] + len(questions[places[0]].target or (0,))
+        shared = {METHODS[name].reads for name in options} - {""}
+        # two ways back keep most of what two passes would
+        room = length * (2 if shared and "relevance" in options and len(options) > 1 else 1)
+        done = [one for some in in_batches(model, run, places, room) for one in some]
+        found.update(zip(places, done, strict=True))
+    return [found[place] for place in range(len(questions))]
+
+
+def _options_of(question, wanted, budget):
+    """The methods that are run for a question, and their options under the budget."""
+    found = {}
+    for name, given in wanted.items():
+        options: dict | None = {}
+        if budget is not None:
+            units, tokens = len(question.units), question.input_ids.shape[1]
+            options = METHODS[name].options(units, tokens, budget)
+        if options is not None:
+            found[name] = {**options, **given}
+    return found
+
+
+def _settled(model, question):
+    """An open question that a pass over many could not complete is completed by itself."""
+    if question.probability is not None or (
+        question.target is None and question.foil is None and question.objective != "logit"
+    ):
+        return question
+    shared = question.foil is not None and (question.target or (-1,))[0] == question.foil[0]
+    if question.target is None or shared:
+        return ask_of(model, question)
+    return question
+
+
+def _run(model, questions, options, each):
+    """``(question, results)`` for each of ``questions``, which all have one shape."""
+    results: list[dict[str, Attribution]] = [{} for _ in questions]
+    spent: dict[str, float] = {}
+    order = sorted(options, key=lambda name: name != "relevance")  # which leaves the gradient too
+    with asking(model, questions, each) as asked:
+        asked.found["wanted"] = frozenset(options)
+        for name in order:
+            began = time.perf_counter()
+            try:
+                found = METHODS[name](asked, **options[name])
+            except TypeError as error:
+                if "unexpected keyword" not in str(error):
+                    raise
+                raise InputError(f"The method {name} has no such option: {error}.") from error
+            spent[name] = time.perf_counter() - began
+            for row, result in zip(results, found, strict=True):
+                row[name] = result
+        asked.settle()
+    shared: dict[str, list[str]] = {}
+    for name in options:
+        shared.setdefault(METHODS[name].reads or name, []).append(name)
+    for names in shared.values():
+        mean = sum(spent[name] for name in names) / len(names) / len(questions)
+        spent.update(dict.fromkeys(names, mean))
+    facts = asked.facts or [None] * len(questions)
+    return [
+        _finished(question, fact, {name: row[name] for name in options}, spent)
+        for question, fact, row in zip(questions, facts, results, strict=True)
+    ]
+
+
+def _finished(question, facts, results, spent):
+    if facts is not None and question.probability is None:
+        question = completed(question, facts)
+    told = {}
+    for name, result in results.items():
+        notes = question.notes
+        if result.closed is False:
+            notes += (f"{name} did not close: its scores are not yet those of the model.",)
+        told[name] = replace(
+            result, method=name, seconds=spent[name], notes=notes, units=question.units
+        )
+    return question, told

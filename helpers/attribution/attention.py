@@ -1,55 +1,42 @@
-"""Where the last position looked: attention weights, without their full maps."""
+"""Where the reading positions looked: attention weights, without their full maps."""
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch import Tensor
 
-from helpers.attribution.engine import attending, attention_weights, sdpa
-from helpers.attribution.result import Attribution
+from helpers.attribution.engine import Asked, attending, attention_weights, sdpa
+from helpers.attribution.result import Attribution, attribution
 
 
-def attention(model, question):
+def attention(asked: Asked) -> list[Attribution]:
     """How much the last position attends to each token, averaged over layers and heads.
 
     Scores are >= 0 and sum to 1. They do not depend on target or foil: attention says where the
-    model looked, not what it concluded. Introduced in notebooks/06_attention.ipynb.
+    model looked, not what it concluded. Of several outputs, the mean over the positions at which
+    they are read. notebooks/06_attention.ipynb takes it apart.
     """
-    rows = last_attention_rows(model, question)  # [layers, heads, seq]
-    return Attribution(rows.mean(dim=(0, 1)), forwards=1, signed=False)
+    layers = attention_rows(asked)
+    rows = torch.stack([weights.mean(dim=1).to(layers[0].device) for weights in layers])
+    return _scores(asked, rows.mean(dim=0))
 
 
-def last_attention_rows(model, question):
-    """The last position's attention weights in every layer and head: [layers, heads, seq].
+def attention_rows(asked: Asked) -> list[Tensor]:
+    """The weights with which outputs are read, a layer: [questions x texts, heads, outputs, length].
 
     No map is ever formed: while inside, the model attends through a function of ours, which
-    computes the weights of the last query and leaves the rest to torch's fused attention.
-
-    Introduced in notebooks/06_attention.ipynb.
+    computes the weights of those positions and leaves the rest to torch's fused attention.
     """
-    rows = []
+    layers = []
 
-    def keep_last_row(module, query, key, value, mask, scaling=None, **options):
-        last = query[0, :, -1].unflatten(0, (key.shape[1], -1))  # [kv_heads, heads per kv, dim]
-        weights = (last @ key[0].transpose(1, 2)).float() * scaling  # [kv_heads, heads per kv, seq]
-        if mask is not None:  # a sliding window; a plain causal mask shows the last query all
-            weights = weights.masked_fill(~mask[0, :, -1:], -torch.inf)
-        rows.append(weights.softmax(dim=-1).flatten(0, 1))
-        attend = AttentionInterface()["sdpa"]
-        value = value.to(query.dtype)
-        return attend(module, query, key, value, mask, scaling=scaling, **options)
+    def keep_rows(module, query, key, value, mask, scaling=None, **options):
+        layers.append(attention_weights(query, key, mask, scaling, asked.positions))
+        return sdpa(module, query, key, value, mask, scaling=scaling, **options)
 
-    AttentionInterface.register("keep_last_row", keep_last_row)
-    AttentionMaskInterface.register("keep_last_row", AttentionMaskInterface()["sdpa"])
-    found = model.config._attn_implementation
-    model.set_attn_implementation("keep_last_row")
-    try:
-        with torch.inference_mode():
-            model(question.input_ids, use_cache=False, logits_to_keep=1)
-    finally:
-        model.set_attn_implementation(found)
-    return torch.stack([row.to(rows[0].device) for row in rows])
+    with torch.inference_mode(), attending(asked.model, keep_rows):
+        asked.values()
+    return layers
 
 
-def attention_rollout(model, question, sink=True):
+def attention_rollout(asked: Asked, sink: bool = True) -> list[Attribution]:
     """How much of the last position flowed in from each token, by attention rollout.
 
     Half of each layer is taken to be the residual connection and half its attention, averaged over
@@ -59,18 +46,42 @@ def attention_rollout(model, question, sink=True):
 
     notebooks/06_attention.ipynb takes it apart.
     """
-    seq = question.input_ids.shape[1]
-    flow = same = torch.eye(seq, device=question.input_ids.device)  # [seq, seq]
+    seq = asked.embeds.shape[2]
+    flow = same = torch.eye(seq, device=asked.embeds.device)  # [seq, seq]
 
     def roll(module, query, key, value, mask, scaling=None, **options):
         nonlocal flow
-        weights = attention_weights(query, key, mask, scaling).mean(dim=0).to(flow.device)
+        weights = torch.stack(  # row by row: the maps of all heads are large
+            [
+                attention_weights(query[i : i + 1], key[i : i + 1], mask, scaling)[0].mean(dim=0)
+                for i in range(len(query))
+            ]
+        ).to(flow.device)  # [rows, seq, seq]
         if not sink and seq > 1:
-            weights[1:, 0] = 0
+            weights[:, 1:, 0] = 0
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-12)
         flow = (0.5 * weights + 0.5 * same) @ flow
         return sdpa(module, query, key, value, mask, scaling=scaling, **options)
 
-    with torch.inference_mode(), attending(model, roll):
-        model(question.input_ids, use_cache=False, logits_to_keep=1)
-    return Attribution(flow[-1], forwards=1, signed=False)
+    with torch.inference_mode(), attending(asked.model, roll):
+        asked.values()
+    return _scores(asked, flow[:, asked.positions.to(flow.device)])
+
+
+def _scores(asked, rows):
+    """Of what was looked at, [questions x texts, outputs, length]."""
+    texts = asked.embeds.shape[1]
+    rows = rows.unflatten(0, (-1, texts))  # [questions, texts, outputs, length]
+    own = rows[:, asked.text_of, range(len(asked.text_of)), : asked.columns]
+    told = own[:, asked.signs > 0].mean(dim=1, keepdim=True)
+    return [
+        attribution(
+            asked,
+            row,
+            asked.per_unit((own if asked.each else told)[row], row),
+            scores=asked.per_unit(told[row, 0], row),
+            forwards=texts,
+            signed=False,
+        )
+        for row in range(len(asked))
+    ]

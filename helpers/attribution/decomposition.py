@@ -1,20 +1,19 @@
 """Methods that take the answer's logit apart into what each position brought to it."""
 
 import contextlib
+from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
+from torch import Tensor
 
-from helpers.attribution.engine import attending, attention_weights, sdpa
-from helpers.attribution.path import completeness_gap
-from helpers.attribution.result import Attribution
-from helpers.errors import InputError
+from helpers.attribution.engine import Asked, attending, attention_weights, sdpa
+from helpers.attribution.result import Attribution, attributions
 
 VECTORS_AT_ONCE = 2**24  # numbers in what one layer moves between positions, held in memory
 
 
-def alti_logit(model, question):
-    """Each token's part in the objective, by following what attention moves: signed, in logits.
+def alti_logit(asked: Asked) -> list[Attribution]:
+    """Each token's part in the objective, by following what attention moves: signed, in nats.
 
     With the final norm's scale held fixed, a logit is a sum over the layers of what each one adds
     to the last position: attention adds one vector for each position it reads, the feed-forward
@@ -22,30 +21,53 @@ def alti_logit(model, question):
     by ALTI: a source counts as far as the mixture comes nearer to it (in the L1 norm). What the
     feed-forward adds, and the last token's own embedding, is shared in the same way, so that all of
     the objective is accounted for; the paper leaves the feed-forward out. The scores add up to the
-    objective itself, not to its difference from a baseline.
+    objective itself, not to its difference from a baseline; for a log-probability, to the target's
+    logit minus the mean logit that the model itself expects.
 
-    Raises ``InputError`` for a model that is not a Llama. Source: Ferrando et al. 2023,
-    arXiv:2305.12535, and 2022, arXiv:2203.04212.
+    Source: Ferrando et al. 2023, arXiv:2305.12535, and 2022, arXiv:2203.04212.
 
     notebooks/10_faithfulness.ipynb takes it apart.
     """
-    if not isinstance(model, LlamaForCausalLM):
-        raise InputError(
-            f"ALTI-Logit is written for Llama models, and this is a {type(model).__name__}: use "
-            "another method."
-        )
-    seen = _run(model, question)
-    objective = seen["objective"]
-    final = seen["final"]
-    norm = model.model.norm
-    scale = torch.rsqrt(final.pow(2).mean() + norm.variance_epsilon)
-    weight = model.get_output_embeddings().weight.float()
-    direction = weight[question.target] - (0 if question.foil is None else weight[question.foil])
-    direction = direction * norm.weight.float() * scale  # [dim]
+    asked.settle()
+    directions = asked.directions()  # [questions, outputs, dim]
+    questions, texts = asked.embeds.shape[:2]
+    scores = torch.zeros(questions, len(asked.positions), asked.columns)
+    moved = torch.zeros(questions, len(asked.positions))
+    for row in range(questions):
+        for text in range(texts):
+            some = (asked.text_of == text).nonzero()[:, 0]
+            found = _parts(
+                asked.model,
+                asked.embeds[row, text][None],
+                asked.positions[some],
+                directions[row, some.to(directions.device)].float(),
+            )
+            scores[row, some] = found[:, : asked.columns].cpu()
+            moved[row, some] = found.sum(dim=1).cpu()
+    whole = _to_first_order(asked)
+    if not asked.each:
+        scores, moved = scores.sum(dim=1, keepdim=True), moved.sum(dim=1, keepdim=True)
+    return attributions(asked, scores, totals=moved, moved=whole, forwards=texts)
 
-    seq = len(seen["inputs"][0])
-    mixed = torch.eye(seq, device=final.device)  # [seq, seq]: of which tokens each position is made
-    scores = (seen["inputs"][0][-1] @ direction) * mixed[-1]
+
+def _to_first_order(asked):
+    with torch.inference_mode():
+        return asked._values(asked._run(asked.embeds, None).logits, to_first_order=True).cpu()
+
+
+def _parts(model: Any, embeds: Tensor, positions: Tensor, directions: Tensor) -> Tensor:
+    """What each token of one text put into some states after the last norm: [outputs, length].
+
+    ``embeds`` [1, length, dim]; output i reads ``directions[i]`` [dim] at ``positions[i]``.
+    """
+    seen = _run(model, embeds)
+    norm = model.model.norm
+    final = seen["final"][positions]  # [outputs, dim]
+    scale = torch.rsqrt(final.pow(2).mean(dim=1, keepdim=True) + norm.variance_epsilon)
+    directions = directions * norm.weight.float() * scale  # [outputs, dim]
+    mixed = torch.eye(embeds.shape[1], device=final.device)  # of which tokens each position is made
+    own = (seen["inputs"][0][positions] * directions).sum(dim=1, keepdim=True)
+    scores = own * mixed[positions]
     for layer, states, weights, value, fed in zip(
         model.model.layers,
         seen["inputs"],
@@ -54,43 +76,42 @@ def alti_logit(model, question):
         seen["fed"],
         strict=True,
     ):
-        carried = _carried(layer.self_attn, value)  # [heads, seq, dim]
-        from_each = torch.einsum("hj,hjd->jd", weights[:, -1], carried) @ direction  # [seq]
+        carried = _carried(layer.self_attn, value)  # [heads, length, dim]
+        read = torch.einsum("hjd,od->ohj", carried, directions)
+        from_each = (weights[:, positions].transpose(0, 1) * read).sum(dim=1)  # [outputs, length]
         scores = scores + from_each @ mixed
         mixed = _shares(states, weights, carried) @ mixed
-        scores = scores + (fed @ direction) * mixed[-1]
-    return Attribution(scores, gap=completeness_gap(scores, objective), forwards=1)
+        fed = (fed[positions] * directions).sum(dim=1, keepdim=True)
+        scores = scores + fed * mixed[positions]
+    return scores
 
 
-def _run(model, question):
+def _run(model, embeds):
     """One forward pass, and what it passed through: see the keys below, all in float32."""
     seen = {"inputs": [], "weights": [], "values": [], "fed": [], "final": None}
 
     def keep_weights(module, query, key, value, mask, scaling=None, **options):
-        seen["weights"].append(attention_weights(query, key, mask, scaling))  # [heads, seq, seq]
+        seen["weights"].append(attention_weights(query, key, mask, scaling)[0])  # [heads, seq, seq]
         seen["values"].append(value[0].float())  # [kv heads, seq, head_dim]
         return sdpa(module, query, key, value, mask, scaling=scaling, **options)
 
-    def keep(name, index):
-        return lambda module, args: seen[name].append(args[0][0].float()[index])
-
     with contextlib.ExitStack() as hooks:
         for layer in model.model.layers:
-            before = layer.register_forward_pre_hook(keep("inputs", slice(None)))  # [seq, dim]
+            before = layer.register_forward_pre_hook(
+                lambda module, args: seen["inputs"].append(args[0][0].float())  # [seq, dim]
+            )
             after = layer.mlp.register_forward_hook(
-                lambda module, args, out: seen["fed"].append(out[0, -1].float())  # [dim]
+                lambda module, args, out: seen["fed"].append(out[0].float())  # [seq, dim]
             )
             hooks.callback(before.remove)
             hooks.callback(after.remove)
         last = model.model.norm.register_forward_pre_hook(
-            lambda module, args: seen.update(final=args[0][0, -1].float())  # [dim]
+            lambda module, args: seen.update(final=args[0][0].float())  # [seq, dim]
         )
         hooks.callback(last.remove)
         with torch.inference_mode(), attending(model, keep_weights):
-            output = model(question.input_ids, use_cache=False, logits_to_keep=1)
-    logits = output.logits[0, -1].float()
-    foil = 0 if question.foil is None else logits[question.foil]
-    return {**seen, "objective": logits[question.target] - foil}
+            model.model(inputs_embeds=embeds, use_cache=False)
+    return seen
 
 
 def _carried(attention, value):

@@ -1,16 +1,20 @@
-"""The machine under the methods: the objective, its gradient, and how rows are run.
+"""The machine under the methods: texts x outputs, from rows of embeddings.
 
-Nothing here knows a method. Rows are variants of one prompt, as embeddings [rows, seq, dim]; they
-all have the same length, so no padding and no mask are needed.
+Everything that is explained is a few numbers, the outputs, read at a few positions of a few texts.
+``Asked`` holds the texts of some questions of one shape and gives the outputs of any variants of
+them, and their gradients. Nothing here knows a method.
 """
 
 import contextlib
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     AttentionInterface,
@@ -20,17 +24,477 @@ from transformers import (
 )
 
 from helpers.errors import InputError
+from helpers.prompts import Unit
+from helpers.questions import Facts, Question, read_facts
 
 # rows x seq in one pass. More was no faster on two CPU cores; a GPU wants more, how much more has
 # not been measured.
 TOKENS_PER_BATCH = {"cpu": 2048, "other": 16_384}
+FULL_PASS = 256  # tokens in a pass from which a processor is about as fast as it gets
+LOGITS_AT_ONCE = 2**25  # numbers of the whole vocabulary's logits that are held together
 PRECISIONS = {"bfloat16": torch.bfloat16}
 
 
-# --- the objective -----------------------------------------------------------------------------
+# --- what is asked: texts, and outputs that are read in them -----------------------------------
 
 
-def embed_prompt(model, question):
+@dataclass(frozen=True)
+class Output:
+    """One number: what text ``text`` says at ``position`` of token ``target``.
+
+    Its log-probability, or with a ``foil`` (a token id; -1 for none) its logit minus that of the
+    foil, which is the difference of their log-probabilities: the normaliser cancels. ``sign`` is -1
+    for the tokens of a foil that is longer than one token.
+    """
+
+    text: int
+    position: int
+    target: int
+    foil: int = -1
+    sign: int = 1
+
+
+def texts_and_outputs(question: Question) -> tuple[list[list[int]], list[Output]]:
+    """The texts that have to be read for a question, as token ids, and its outputs.
+
+    Target and foil share what they have in common; at the first token in which they differ one
+    output compares the two, and what comes after it in each is read in a text of its own. An open
+    target is -1.
+    """
+    ids = question.input_ids[0].tolist()
+    target, foil = list(question.target or (-1,)), list(question.foil or ())
+    last = len(ids) - 1
+    if not foil:
+        outputs = [Output(0, last + i, token) for i, token in enumerate(target)]
+        return [ids + target[:-1]], outputs
+    same = 0
+    while target[same] == foil[same]:  # neither begins with the other
+        same += 1
+    texts = []
+    outputs = [Output(0, last + same, target[same], foil[same])]
+    for branch, sign in ((target, 1), (foil, -1)):
+        rest = range(same + 1, len(branch))
+        if rest:
+            outputs += [Output(len(texts), last + i, branch[i], sign=sign) for i in rest]
+            texts.append(ids + branch[:-1])
+    return texts or [ids + target[:same]], outputs
+
+
+def shape_of(question: Question) -> tuple:
+    """Questions of one shape can be run together."""
+    texts, outputs = texts_and_outputs(question)
+    return (
+        question.input_ids.shape[1],
+        tuple(len(text) for text in texts),
+        tuple((o.text, o.position, o.foil >= 0, o.sign) for o in outputs),
+        question.objective,
+        question.foil is None,
+    )
+
+
+class Asked:
+    """Some questions of one shape, and the model that answers them.
+
+    ``embeds``   [questions, texts, length, dim]: what is read; a shorter text is filled up to the
+                 right, which in a causal model no position before it sees
+    ``columns``  positions that are explained: those of the prompt and, without a foil, of the
+                 answer's own tokens before its last. Scores of tokens are [..., columns]
+    ``outs``     the numbers that are explained: each output with ``each``, else their sum
+    ``facts``    ``Facts`` a question, once the model has been run
+
+    Rows are variants of the texts: [rows, texts, length, dim], of which row i belongs to the
+    question ``owner[i]``.
+    """
+
+    def __init__(self, model: Any, questions: Sequence[Question], each: bool = False):
+        self.model, self.questions, self.each = model, list(questions), each
+        found = [texts_and_outputs(question) for question in self.questions]
+        texts = [texts for texts, _ in found]
+        self.outputs = [outputs for _, outputs in found]
+        first = self.outputs[0]
+        length = max(len(text) for text in texts[0])
+        table = model.get_input_embeddings()
+        device = table.weight.device
+        filled = [[text + text[-1:] * (length - len(text)) for text in some] for some in texts]
+        self.input_ids = torch.tensor(filled, device=device)  # [questions, texts, length]
+        self.embeds: Tensor = table(self.input_ids).detach()
+        self.columns = self.questions[0].input_ids.shape[1]
+        if self.questions[0].foil is None:
+            self.columns = length
+        self.targets = torch.tensor([[o.target for o in some] for some in self.outputs])
+        self.foils = torch.tensor([[o.foil for o in some] for some in self.outputs])
+        self.pairs = torch.tensor([o.foil >= 0 for o in first])  # [outputs]
+        self.text_of = torch.tensor([o.text for o in first])
+        self.positions = torch.tensor([o.position for o in first])
+        self.signs = torch.tensor([float(o.sign) for o in first])
+        self.normalised = self.questions[0].objective == "log_probability"
+        self.whole_vocabulary = self.normalised and not bool(self.pairs.all())
+        self.known = all(question.probability is not None for question in self.questions)
+        self.facts: list[Facts] | None = None
+        self.found: dict[str, Any] = {}  # what one method leaves for another
+        self.readout: Readout | None = None
+        self._beginning: tuple[Tensor, DynamicCache | None] | None = None
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    @property
+    def outs(self) -> int:
+        return len(self.positions) if self.each else 1
+
+    @property
+    def units(self) -> list[list[Unit]]:
+        return [question.units for question in self.questions]
+
+    # --- values --------------------------------------------------------------------------------
+
+    def values(self, rows: Tensor | None = None, owner: Tensor | None = None) -> Tensor:
+        """What is explained, for each row: FloatTensor [rows, outs]; for the texts by default."""
+        return self._values(self._run(self.embeds if rows is None else rows, owner).logits)
+
+    def settle(self) -> None:
+        """Run the texts once where something about the questions is open: see ``facts``."""
+        if self.facts is None and not self.known:
+            with torch.inference_mode():
+                self.values()
+
+    def values_of_one(
+        self, row: Tensor, rows: int, first: int = 0, past: DynamicCache | None = None
+    ) -> Tensor:
+        """Values [rows, outs] of one row that a hook makes many of on its way through the model.
+
+        ``row`` [1, 1, length, dim] begins at position ``first``, behind the keys and values in
+        ``past``.
+        """
+        places = self.positions.expand(rows, -1) - first
+        options = {} if past is None else {"past_key_values": past, "use_cache": True}
+        owner = torch.zeros(rows, dtype=torch.long)
+        return self._values(self._run(row, owner, places, **options).logits)
+
+    def _run(self, rows, owner, places=None, **options):
+        length = rows.shape[2]
+        if owner is None:
+            owner = torch.arange(len(self))
+            if len(rows) != len(self):
+                owner = owner.repeat(len(rows) // len(self))
+        places = self.positions.expand(len(rows), -1) if places is None else places
+        keep = int(length - places.min())
+        self._reading = owner, places + keep - length, keep
+        options.setdefault("use_cache", False)
+        return self.model(inputs_embeds=rows.flatten(0, 1), logits_to_keep=keep, **options)
+
+    def _values(self, logits, to_first_order=False):
+        """[rows, outs] of what ``_run`` let the model return.
+
+        ``to_first_order`` gives what the slopes at these logits add up to, in an output layer
+        without a bias: a target's logit minus the mean logit that the model expects.
+        """
+        owner, at, keep = self._reading
+        few = 2 * len(self.positions)
+        if self.readout is None:
+            logits = _gathered(logits[:, -keep:], self, at).flatten(1)  # [rows, outputs x vocab]
+        else:
+            logits = logits[:, 0]
+        if self.facts is None and not self.known and len(logits) == len(self):
+            beside = self.readout is not None and not self.whole_vocabulary
+            self._keep_facts(logits[:, few:] if beside else logits)
+        if self.readout is not None and not self.whole_vocabulary:
+            logits = logits[:, :few]  # target and foil; the vocabulary may stand beside them
+        logits = logits.float().unflatten(1, (len(self.positions), -1))
+        device = logits.device
+        if self.readout is None or self.whole_vocabulary:
+            ids = torch.stack([self.targets, self.foils], dim=2).clamp_min(0)[owner]
+            target, foil = logits.gather(2, ids.to(device)).unbind(dim=2)  # [rows, outputs] each
+        else:
+            target, foil = logits.unbind(dim=2)
+        pairs = self.pairs.to(device)
+        other = foil * pairs
+        if self.whole_vocabulary and to_first_order:
+            other = torch.where(pairs, foil, (logits.softmax(dim=2) * logits).sum(dim=2))
+        elif self.whole_vocabulary:
+            other = torch.where(pairs, foil, logits.logsumexp(dim=2))
+        each = (target - other) * self.signs.to(device)
+        return each if self.each else each.sum(dim=1, keepdim=True)
+
+    def _keep_facts(self, logits):
+        """Read off the first pass over the texts what the model itself would say."""
+        logits = logits.detach().float().unflatten(1, (len(self.positions), -1))
+        plain = [place for place, output in enumerate(self.outputs[0]) if output.sign > 0]
+        self.facts = [
+            read_facts(logits[row, plain], question.target, question.rival)
+            for row, question in enumerate(self.questions)
+        ]
+        found = torch.tensor([facts.target[:1] for facts in self.facts])
+        self.targets = torch.where(self.targets < 0, found, self.targets)  # what was open
+
+    # --- gradients -----------------------------------------------------------------------------
+
+    def reactions(
+        self, rows: Tensor, of: Callable[[Tensor], Tensor], owner: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Values [rows, outs], and ``of`` each out's gradient [rows, columns, dim]: [rows, outs, …].
+
+        The gradient of a position that several texts share is the sum over them.
+        """
+        rows = rows.detach().requires_grad_(True)  # a leaf
+        values = self.values(rows, owner)
+        each = [of(self.in_columns(grad)) for grad in self.gradients(values, rows)]
+        return values.detach(), torch.stack(each, dim=1)
+
+    def gradients(self, values: Tensor, rows: Tensor, keep: bool = False) -> Iterator[Tensor]:
+        """The gradient of each out with respect to ``rows``; the graph goes with the last one."""
+        for out in range(values.shape[1]):
+            last = out == values.shape[1] - 1
+            (grad,) = torch.autograd.grad(
+                values[:, out].sum(), rows, retain_graph=keep or not last
+            )
+            yield grad
+
+    def in_columns(self, some: Tensor) -> Tensor:
+        """[rows, texts, length, …] as [rows, columns, …], added up over the texts."""
+        return some[:, :, : self.columns].sum(dim=1)
+
+    def per_unit(self, scores: Tensor, row: int) -> Tensor:
+        """Scores of tokens [..., columns] of one question, added up inside its units."""
+        units = self.units[row]
+        member = torch.zeros(len(units), self.columns, dtype=scores.dtype, device=scores.device)
+        for index, unit in enumerate(units):
+            member[index, list(unit.positions)] = 1
+        return scores @ member.T
+
+    def directions(self) -> Tensor:
+        """What each out reads in the last hidden states, as rows: [questions, outputs, dim].
+
+        With the normaliser taken to first order: the target's row of the output layer minus the
+        mean row that the model itself expects, or minus the foil's.
+        """
+        if self.readout is None:
+            raise InputError("The output layer of this model is not a plain matrix in memory.")
+        with torch.no_grad():
+            self.values()
+        seen = self.readout.hidden.detach().requires_grad_(True)  # [questions, outputs, dim]
+        with torch.enable_grad():
+            logits = self.readout.read(seen)
+            (grad,) = torch.autograd.grad(self._values(logits[:, None]).sum(), seen)
+        return grad
+
+    # --- variants ------------------------------------------------------------------------------
+
+    def beginning(self) -> tuple[Tensor, DynamicCache | None]:
+        """The texts' values [questions, outs], and their keys and values where a model keeps them.
+
+        Computed once: variants share what comes before their first change.
+        """
+        if self._beginning is None:
+            output = self._run(self.embeds, None, use_cache=True)
+            cache = getattr(output, "past_key_values", None)
+            whole = isinstance(cache, DynamicCache) and not any(cache.is_sliding)
+            self._beginning = self._values(output.logits), cache if whole else None
+        return self._beginning
+
+    def erased(self, owner: Tensor, masks: Tensor, blank: Tensor | None) -> Tensor:
+        """The values of variants with some columns erased: FloatTensor [variants, outs].
+
+        ``owner`` LongTensor [variants] names the question of each, ``masks`` BoolTensor [variants,
+        columns] what goes. ``blank`` [questions, columns, dim] stands in its place; ``None`` takes
+        it out of the text, so that what follows moves up.
+
+        A causal model computes a position from those before it, so up to its first erased column a
+        variant is the text itself. That part is computed once and shared: variants are run in the
+        order of their first change, a group from the first one of its first member.
+        """
+        texts, length = self.embeds.shape[1:3]
+        read_first = int(self.positions.min())
+        firsts = torch.where(masks.any(dim=1), masks.int().argmax(dim=1), length - 1)
+        firsts = firsts.clamp_max(read_first)
+        if blank is None:  # what is read may then stand at the last token that stays
+            firsts = (firsts - 1).clamp_min(0)
+        order = firsts.argsort(stable=True)
+        groups, ran = [], []
+        with torch.inference_mode():
+            _, cache = self.beginning()
+            while len(order):
+                first = int(firsts[order[0]]) if cache is not None else 0
+                size = max(1, FULL_PASS // ((length - first) * texts))
+                group, order = order[:size], order[size:]
+
+                def run(some, first=first):
+                    return self._erased_rows(owner[some], masks[some], blank, first, cache)
+
+                groups.append(torch.cat(self.in_batches(run, group, length - first)))
+                ran.append(group)
+        return torch.cat(groups)[torch.cat(ran).argsort()]
+
+    def _erased_rows(self, owner, masks, blank, first, cache):
+        device = self.embeds.device
+        texts, length = self.embeds.shape[1:3]
+        rows = self.embeds[owner.to(device), :, first:]  # [rows, texts, length - first, dim]
+        gone = F.pad(masks, (0, length - masks.shape[1]))[:, first:]  # [rows, length - first]
+        places = self.positions.expand(len(rows), -1) - first
+        if blank is None:
+            blank = end_of_text(self.model).expand(len(self), self.columns, -1)
+            kept = ~gone
+            nothing = ~kept[:, : int(places.min()) + 1].any(dim=1) & (first == 0)
+            stand_in = F.pad(nothing[:, None], (0, length - first - 1))  # of an empty text
+            index = (gone & ~stand_in).int().argsort(dim=1, stable=True)  # what stays comes first
+            places = (~(gone & ~stand_in)).cumsum(dim=1).gather(1, places) - 1
+            gone = (gone & stand_in).gather(1, index)
+            index = index[:, None, :, None].expand(-1, texts, -1, rows.shape[-1]).to(device)
+            rows = rows.gather(2, index)
+        put = F.pad(blank, (0, 0, 0, length - blank.shape[1]))[owner.to(blank.device), None, first:]
+        rows = torch.where(gone[:, None, :, None].to(device), put.to(rows), rows)
+        options = {}
+        if first:
+            past = DynamicCache()
+            at = (owner[:, None] * texts + torch.arange(texts)).flatten().to(device)
+            for layer, kept_states in enumerate(cache.layers):
+                keys, values = (
+                    some[:, :, :first].index_select(0, at.to(some.device))
+                    for some in (kept_states.keys, kept_states.values)
+                )
+                past.update(keys, values, layer)
+            options = {"past_key_values": past, "use_cache": True}
+        output = self._run(rows, owner, places, **options)
+        return self._values(output.logits)
+
+    def in_batches(self, run: Callable, items: Any, length: int) -> list:
+        """``in_batches`` for rows of ``length`` tokens a text, whole vocabularies counted too."""
+        texts, outputs = self.embeds.shape[1], len(self.positions)
+        most = len(items)
+        if self.whole_vocabulary or self.readout is None:
+            vocabulary = len(self.model.get_input_embeddings().weight)
+            most = max(1, LOGITS_AT_ONCE // (outputs * vocabulary))
+        return in_batches(self.model, run, items, length * texts, most)
+
+
+def _gathered(hidden, asked, at):
+    """States at the places that are read: [rows, outputs, …] of [rows x texts, keep, …]."""
+    texts = asked.embeds.shape[1]
+    hidden = hidden.unflatten(0, (-1, texts))  # [rows, texts, keep, …]
+    rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+    return hidden[rows, asked.text_of.to(hidden.device), at.to(hidden.device)]
+
+
+class Readout(nn.Module):
+    """Stands in for an output layer: only the logits that the outputs depend on, flat in one row.
+
+    A logit is a hidden state times one row of the output layer. All the vocabulary's rows, at all
+    positions, and the zeros that a backward pass sends through them, are a large part of the time
+    on a short prompt. ``whole`` asks for the vocabulary beside target and foil, for the facts.
+    """
+
+    def __init__(self, head: nn.Linear, asked: Asked):
+        super().__init__()
+        self.held = head, asked  # in a tuple, so that neither is a part of this module
+        self.hidden = torch.empty(0)
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    @property
+    def whole(self) -> bool:
+        return self.held[1].facts is None and not self.held[1].known
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        head, asked = self.held
+        _, at, keep = asked._reading
+        self.hidden = _gathered(hidden[:, -keep:], asked, at).to(head.weight.device)
+        return self.read(self.hidden)[:, None]
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """[rows, outputs, dim] to [rows, numbers]."""
+        head, asked = self.held
+        if asked.whole_vocabulary:
+            return head(hidden.flatten(0, 1)).float().unflatten(0, hidden.shape[:2]).flatten(1)
+        if self.weight is None:
+            self._select(head, asked)
+        owner = asked._reading[0].to(hidden.device)
+        weight = self.weight[owner]  # [rows, outputs, 2, dim]
+        few = (weight @ hidden.float()[..., None])[..., 0]  # [rows, outputs, 2]
+        if self.bias is not None:
+            few = few + self.bias[owner]
+        if not self.whole:
+            return few.flatten(1)
+        with torch.no_grad():
+            size = max(1, LOGITS_AT_ONCE // (len(head.weight) * hidden.shape[1]))
+            some = [head(rows.flatten(0, 1)).float() for rows in hidden.detach().split(size)]
+        return torch.cat([few.flatten(1), torch.cat(some).view(len(hidden), -1)], dim=1)
+
+    def _select(self, head, asked):
+        # made outside of inference mode, since a later pass may want a gradient through them
+        with torch.inference_mode(False), torch.no_grad():
+            device = head.weight.device
+            ids = torch.stack([asked.targets, asked.foils.clamp_min(0)], dim=2).to(device)
+            self.weight = head.weight.detach()[ids].float()  # [questions, outputs, 2, dim]
+            if head.bias is not None:
+                self.bias = head.bias.detach()[ids].float()
+
+
+@contextlib.contextmanager
+def asking(model: Any, questions: Sequence[Question], each: bool = False) -> Iterator[Asked]:
+    """``Asked`` for questions of one shape, the model computing only what they depend on.
+
+    After the last layer's attention only the positions that are read go on: its output projection
+    and feed-forward are computed there alone. A model whose output layer is not a plain matrix, or
+    lies outside of memory, is left as it is. The model is as it was found when this ends.
+    """
+    asked = Asked(model, questions, each)
+    head = plain_output_layer(model)
+    if head is None:
+        with frozen(model):
+            yield asked
+        return
+    asked.readout = Readout(head, asked)
+    hooks: list[Any] = []
+    try:
+        for module in _pointwise_after_last_attention(model):
+            length = [0]
+
+            def cut(module, args, length=length):
+                length[0] = args[0].shape[1]
+                return (args[0][:, -asked._reading[2] :],)
+
+            def fill(module, args, out, length=length):
+                return F.pad(out, (0, 0, length[0] - out.shape[1], 0))
+
+            hooks.append(module.register_forward_pre_hook(cut))
+            hooks.append(module.register_forward_hook(fill))
+        model.set_output_embeddings(asked.readout)
+        with frozen(model):
+            yield asked
+    finally:
+        model.set_output_embeddings(head)
+        for hook in hooks:
+            hook.remove()
+
+
+def plain_output_layer(model: Any) -> nn.Linear | None:
+    """The output layer of ``model`` if it is a plain matrix in memory, else ``None``."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if type(head) is not nn.Linear or not head.weight.is_floating_point() or head.weight.is_meta:
+        return None
+    return head
+
+
+def _pointwise_after_last_attention(model):
+    """Modules of a Llama's last layer that treat each position by itself; none in other models."""
+    if not isinstance(model, LlamaForCausalLM):
+        return []
+    last = model.model.layers[-1]
+    return [last.self_attn.o_proj, last.mlp]
+
+
+def end_of_text(model: Any) -> Tensor:
+    """The embedding of the end-of-text token, [dim]."""
+    eos = model.config.eos_token_id
+    table = model.get_input_embeddings()
+    eos = eos[0] if isinstance(eos, list) else eos
+    return table(torch.tensor(eos, device=table.weight.device)).detach()
+
+
+# --- the same in one line, for notebooks -------------------------------------------------------
+
+
+def embed_prompt(model: Any, question: Question) -> Tensor:
     """The prompt's token embeddings [1, seq, dim], detached: the input that is explained.
 
     Introduced in notebooks/04_embeddings.ipynb.
@@ -38,28 +502,28 @@ def embed_prompt(model, question):
     return model.get_input_embeddings()(question.input_ids).detach()
 
 
-def objective(model, embeds, question):
-    """The number to explain, for each row of ``embeds`` [rows, seq, dim]: FloatTensor [rows].
+def objective(model: Any, embeds: Tensor, question: Question) -> Tensor:
+    """The number that is explained, for each row of ``embeds`` [rows, seq, dim]: FloatTensor [rows].
 
-    The logit of the target after the last position, less that of the foil. Only that position's
-    logits are computed (``logits_to_keep=1``); the others would be the largest tensor of all.
+    ``log p(target | prompt) - log p(foil | prompt)`` in nats, or raw logits where the question asks
+    for them. Rows stand in the place of the prompt; target and foil are what they are.
 
-    Introduced in notebooks/05_gradients.ipynb.
+    notebooks/05_gradients.ipynb takes it apart.
     """
-    logits = model(inputs_embeds=embeds, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-    if question.foil is None:
-        return logits[:, question.target]
-    return logits[:, question.target] - logits[:, question.foil]
+    with asking(model, [question]) as asked:
+        texts, length = asked.embeds.shape[1:3]
+        behind = asked.embeds[0, :, embeds.shape[1] : length]  # [texts, rest, dim]
+        rows = torch.cat(
+            [
+                embeds[:, None].expand(-1, texts, -1, -1),
+                behind.expand(len(embeds), -1, -1, -1).to(embeds),
+            ],
+            dim=2,
+        )
+        return asked.values(rows, torch.zeros(len(embeds), dtype=torch.long))[:, 0]
 
 
-def contrast(logits, question):
-    """The objective as it reads in logits [rows, vocab]: FloatTensor [rows]."""
-    if question.foil is None:
-        return logits[:, question.target]
-    return logits[:, question.target] - logits[:, question.foil]
-
-
-def objective_gradient(model, embeds, question):
+def objective_gradient(model: Any, embeds: Tensor, question: Question) -> Tensor:
     """The gradient of the objective with respect to ``embeds``, of the same shape.
 
     ``autograd.grad`` computes this gradient and no other; ``backward()`` would also fill the
@@ -76,7 +540,7 @@ def objective_gradient(model, embeds, question):
 
 
 @contextlib.contextmanager
-def frozen(model):
+def frozen(model: Any) -> Iterator[None]:
     """Ask no gradient of any weight while inside, and leave the model as it was found."""
     thawed = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in thawed:
@@ -88,78 +552,8 @@ def frozen(model):
             weight.requires_grad_(True)
 
 
-class AnswerHead(nn.Module):
-    """The rows of an output layer that belong to some token ids; always in full precision."""
-
-    def __init__(self, head, token_ids):
-        super().__init__()
-        self.weight = nn.Parameter(head.weight.detach()[token_ids].float(), requires_grad=False)
-        bias = getattr(head, "bias", None)
-        self.bias = None if bias is None else nn.Parameter(bias.detach()[token_ids].float(), False)
-
-    def forward(self, hidden):
-        return F.linear(hidden.float().to(self.weight.device), self.weight, self.bias)
-
-
 @contextlib.contextmanager
-def answer_only(model, question):
-    """Let the model compute only what the objective depends on, while inside.
-
-    A logit is the last hidden state times one row of the output layer. All the vocabulary's rows,
-    and the zeros that a backward pass sends through them, are a large part of the time on a short
-    prompt; see ``output_layer`` for what else is left out.
-
-    Gives the question as the smaller model sees it: its target is logit 0, its foil logit 1. A
-    model whose output layer is not a plain matrix, or lies outside of memory, is left as it is.
-    """
-    head = plain_output_layer(model)
-    if head is None:
-        yield question
-        return
-    token_ids = [question.target] + ([] if question.foil is None else [question.foil])
-    with output_layer(model, AnswerHead(head, token_ids)):
-        yield replace(question, target=0, foil=None if question.foil is None else 1)
-
-
-def plain_output_layer(model):
-    """The output layer of ``model`` if it is a plain matrix in memory, else ``None``."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if type(head) is not nn.Linear or not head.weight.is_floating_point() or head.weight.is_meta:
-        return None
-    return head
-
-
-@contextlib.contextmanager
-def output_layer(model, layer):
-    """Let ``layer`` be the model's output layer while inside, of which the last position is read.
-
-    After the last layer's attention only the last position goes on to the answer: its output
-    projection and feed-forward are computed there alone, and what they return is added to the
-    residual stream of every position, of which only the last one is read.
-    """
-    head = model.get_output_embeddings()
-    hooks = []
-    try:
-        for module in _pointwise_after_last_attention(model):
-            hooks.append(module.register_forward_pre_hook(lambda m, args: (args[0][:, -1:],)))
-        model.set_output_embeddings(layer)
-        yield
-    finally:
-        model.set_output_embeddings(head)
-        for hook in hooks:
-            hook.remove()
-
-
-def _pointwise_after_last_attention(model):
-    """Modules of a Llama's last layer that treat each position by itself; none in other models."""
-    if not isinstance(model, LlamaForCausalLM):
-        return []
-    last = model.model.layers[-1]
-    return [last.self_attn.o_proj, last.mlp]
-
-
-@contextlib.contextmanager
-def working_precision(model, precision):
+def working_precision(model: Any, precision: str | None) -> Iterator[None]:
     """Do the products with weights in ``precision`` while inside; ``None`` leaves all as it is.
 
     Weights are cast once, where autocast would cast frozen ones at every pass, and a normed
@@ -184,88 +578,93 @@ def working_precision(model, precision):
         and not module.weight.is_meta  # offloaded to disk or CPU memory
     ]
     found = [(linear, linear.weight, linear.bias) for linear in linears]
-    attending = getattr(model.config, "_attn_implementation", None)
-    hooks = []
-    try:
-        for linear, weight, bias in found:
-            linear.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-            if bias is not None:
-                linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-            cast = linear.register_forward_pre_hook(lambda m, args: (args[0].to(dtype),))
-            hooks.append(cast)
-        if found and isinstance(model, LlamaForCausalLM):
-            for layer in model.model.layers:
-                for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-                    hooks.append(norm.register_forward_hook(lambda m, args, out: out.to(dtype)))
-        if found and attending is not None:
-            model.set_attn_implementation("sdpa_float32")
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for linear, weight, bias in found:
-            linear.weight, linear.bias = weight, bias
-        if attending is not None:
-            model.set_attn_implementation(attending)
+    hooks: list[Any] = []
+    with contextlib.ExitStack() as stack:
+        try:
+            for linear, weight, bias in found:
+                linear.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+                if bias is not None:
+                    linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+                hooks.append(
+                    linear.register_forward_pre_hook(lambda m, args: (args[0].to(dtype),))
+                )
+            if found and isinstance(model, LlamaForCausalLM):
+                for layer in model.model.layers:
+                    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                        hooks.append(norm.register_forward_hook(lambda m, a, out: out.to(dtype)))
+            if found and getattr(model.config, "_attn_implementation", None) is not None:
+                stack.enter_context(attending(model, sdpa))
+                stack.callback(_attend_in_float32.reset, _attend_in_float32.set(True))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for linear, weight, bias in found:
+                linear.weight, linear.bias = weight, bias
 
 
-def _sdpa_float32(module, query, key, value, mask, **options):
-    """torch's fused attention in float32, whatever precision the projections came in."""
-    attend = AttentionInterface()["sdpa"]
-    return attend(module, query.float(), key.float(), value.float(), mask, **options)
+# --- attention ---------------------------------------------------------------------------------
 
-
-AttentionInterface.register("sdpa_float32", _sdpa_float32)
-AttentionMaskInterface.register("sdpa_float32", AttentionMaskInterface()["sdpa"])
+OURS = "helpers"  # the name under which transformers finds what a method attends through
+_attend: ContextVar[Callable] = ContextVar("attend")
+_attend_in_float32: ContextVar[bool] = ContextVar("attend_in_float32", default=False)
+AttentionInterface.register(OURS, lambda *args, **options: _attend.get()(*args, **options))
+AttentionMaskInterface.register(OURS, AttentionMaskInterface()["sdpa"])
 
 
 @contextlib.contextmanager
-def attending(model, function):
+def attending(model: Any, function: Callable) -> Iterator[None]:
     """Let every layer attend through ``function`` while inside; it takes what torch's own takes.
 
     ``function(module, query, key, value, mask, scaling, **options)`` returns the attention's output
     [rows, seq, heads, head_dim] and ``None``; ``sdpa`` below is torch's fused one, to call it with.
+    Nothing is registered for it: transformers knows one name, which leads here.
     """
-    name = f"helpers_{function.__name__}"
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, AttentionMaskInterface()["sdpa"])
     found = model.config._attn_implementation
-    model.set_attn_implementation(name)
+    token = _attend.set(function)
+    model.set_attn_implementation(OURS)
     try:
         yield
     finally:
         model.set_attn_implementation(found)
+        _attend.reset(token)
 
 
 def sdpa(module, query, key, value, mask, **options):
-    """torch's fused attention, under the name that transformers knows it by."""
-    return AttentionInterface()["sdpa"](module, query, key, value.to(query.dtype), mask, **options)
+    """torch's fused attention, in float32 where ``working_precision`` asks for it."""
+    dtype = torch.float32 if _attend_in_float32.get() else query.dtype
+    attend = AttentionInterface()["sdpa"]
+    return attend(module, query.to(dtype), key.to(dtype), value.to(dtype), mask, **options)
 
 
-def attention_weights(query, key, mask, scaling):
-    """The weights of one prompt's attention, [heads, seq, seq] in float32.
+def attention_weights(
+    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, at: Tensor | None = None
+) -> Tensor:
+    """The attention weights of some positions, [rows, heads, positions, seq] in float32.
 
-    ``query`` [1, heads, seq, dim], ``key`` [1, kv heads, seq, dim]; a ``mask`` of ``None`` is the
-    causal one.
+    ``query`` [rows, heads, seq, dim], ``key`` [rows, kv heads, seq, dim]; ``at`` LongTensor
+    [positions] are those that look, all by default. A ``mask`` of ``None`` is the causal one.
     """
     seq = query.shape[2]
-    grouped = query[0].unflatten(0, (key.shape[1], -1))  # [kv heads, heads per kv, seq, dim]
-    weights = (grouped @ key[0][:, None].transpose(-1, -2)).float().flatten(0, 1) * scaling
-    seen = torch.ones(seq, seq, dtype=torch.bool, device=query.device).tril()
+    at = torch.arange(seq) if at is None else at
+    at = at.to(query.device)
+    grouped = query[:, :, at].unflatten(1, (key.shape[1], -1))  # [rows, kv heads, per kv, at, dim]
+    weights = (grouped @ key[:, :, None].transpose(-1, -2)).float().flatten(1, 2) * scaling
+    seen = torch.arange(seq, device=query.device) <= at[:, None]  # [at, seq]
     if mask is not None:  # a sliding window
-        seen = mask[0, 0, :, :seq]
+        seen = mask[:1, :1, at, :seq]
     return weights.masked_fill(~seen, -torch.inf).softmax(dim=-1)
 
 
 # --- batches -----------------------------------------------------------------------------------
 
 
-def rows_per_batch(seq, tokens=TOKENS_PER_BATCH["cpu"]):
+def rows_per_batch(seq: int, tokens: int = TOKENS_PER_BATCH["cpu"]) -> int:
     """How many prompts of ``seq`` tokens go through the model together, at ``tokens`` a pass."""
     return max(1, tokens // seq)
 
 
-def token_budget(model):
+def token_budget(model: Any) -> int:
     """Tokens (rows x seq) that one forward and backward pass may take.
 
     As many as make the machine fast, unless half of the memory that is free holds fewer.
@@ -275,7 +674,7 @@ def token_budget(model):
     return max(1, min(most, int(0.5 * free_memory(device) / gradient_bytes(model))))
 
 
-def free_memory(device):
+def free_memory(device: torch.device) -> int:
     """Bytes that ``device`` has free."""
     if device.type == "cpu":
         return psutil.virtual_memory().available
@@ -284,7 +683,7 @@ def free_memory(device):
     return free + held  # torch keeps what it once had and gives it out again
 
 
-def gradient_bytes(model):
+def gradient_bytes(model: Any) -> int:
     """Bytes a token keeps between the forward and the backward pass through frozen weights.
 
     Per layer: 8 vectors of the model's width (both norms' inputs and outputs, queries, keys,
@@ -297,14 +696,15 @@ def gradient_bytes(model):
     return int(1.25 * 4 * config.num_hidden_layers * floats)
 
 
-def in_batches(model, run, items, seq):
+def in_batches(model: Any, run: Callable, items: Any, seq: int, most: int | None = None) -> list:
     """``run`` on consecutive slices of ``items``, its results as a list.
 
     ``items`` is anything with a length that can be sliced; each stands for one row of ``seq``
-    tokens. A slice holds what ``token_budget`` allows and is halved when memory runs out all the
-    same; what was computed is kept. One row that does not fit raises the error it met.
+    tokens. A slice holds what ``token_budget`` allows, ``most`` items at the utmost, and is halved
+    when memory runs out all the same; what was computed is kept. One row that does not fit raises
+    the error it met.
     """
-    size = rows_per_batch(seq, token_budget(model))
+    size = min(rows_per_batch(seq, token_budget(model)), most or len(items) or 1)
     results, done = [], 0
     while done < len(items):
         some = items[done : done + size]
@@ -331,37 +731,3 @@ def _unless_out_of_memory(run, some):
         if len(some) == 1 or not ran_out:
             raise
         return None
-
-
-# --- what causality saves ----------------------------------------------------------------------
-
-
-def prompt_cache(model, embeds):
-    """The logits [rows, vocab] after prompts ``embeds`` [rows, seq, dim], their keys and values.
-
-    The second is ``None`` for a model that keeps no keys and values, or forgets some.
-    """
-    output = model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
-    cache = getattr(output, "past_key_values", None)
-    whole = isinstance(cache, DynamicCache) and not any(cache.is_sliding)
-    return output.logits[:, -1].float(), cache if whole else None
-
-
-def logits_after(model, embeds, first, cache):
-    """The logits [rows, vocab] of rows that equal the cached prompt up to position ``first``.
-
-    ``embeds`` [rows, seq - first, dim] is what comes from there on. In a causal model no position
-    sees a later one, so the keys and values of the others are those in ``cache``; where it holds
-    several prompts, the rows are those prompts in order, as often as wanted.
-    """
-    if first == 0:
-        return model(inputs_embeds=embeds, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-    past = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        keys, values = (
-            kept[:, :, :first].expand(len(embeds) // len(kept), -1, -1, -1, -1).flatten(0, 1)
-            for kept in (layer.keys, layer.values)
-        )
-        past.update(keys, values, index)
-    output = model(inputs_embeds=embeds, past_key_values=past, use_cache=True, logits_to_keep=1)
-    return output.logits[:, -1].float()

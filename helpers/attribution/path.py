@@ -1,81 +1,39 @@
 """Integrated gradients: the gradient, added up along the line from a baseline to the prompt."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from captum.attr import IntegratedGradients
+from torch import Tensor
 
-from helpers.attribution.engine import embed_prompt, in_batches, objective, rows_per_batch
-from helpers.attribution.result import Attribution
+from helpers.attribution.engine import Asked, asking, rows_per_batch
+from helpers.attribution.perturbation import blank
+from helpers.attribution.result import Attribution, attribution, attributions
 from helpers.errors import InputError
+from helpers.questions import Question
 
 FIRST_EVALUATIONS = 33  # sixteen pieces of the path, before anything is known about it
 FEWEST_CUT = 8  # pieces at a time: a pass of fewer points hardly takes less time
 LEAST_WIDTH = 2**-20  # of the path: a piece whose ends float32 can hardly tell apart stays whole
+Points = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def baseline_embeds(model, question, baseline="mean"):
+def baseline_embeds(
+    model: Any, question: Question, baseline: str | Tensor = "mean"
+) -> Tensor:
     """What a prompt that says nothing looks like: embeddings [1, seq, dim] to compare with.
 
     ``"mean"`` puts the average of all token embeddings at each position, ``"eos"`` the
     end-of-text token's, ``"zero"`` zeros; a tensor is used as it is, broadcast to [1, seq, dim].
 
-    Introduced in notebooks/07_integrated_gradients.ipynb.
+    notebooks/07_integrated_gradients.ipynb takes it apart.
     """
-    embeds = embed_prompt(model, question)
-    table = model.get_input_embeddings().weight.detach()  # [vocab, dim]
-    if isinstance(baseline, torch.Tensor):
-        try:
-            return baseline.to(embeds).expand_as(embeds)
-        except RuntimeError as error:
-            raise InputError(
-                f"The baseline is {list(baseline.shape)} and the prompt {list(embeds.shape)}: give "
-                "one vector, one vector for each token, or a tensor of the prompt's shape."
-            ) from error
-    if baseline == "mean":
-        return table.float().mean(dim=0).to(embeds).expand_as(embeds)
-    if baseline == "eos":
-        eos = model.config.eos_token_id
-        return table[eos[0] if isinstance(eos, list) else eos].expand_as(embeds)
-    if baseline == "zero":
-        return torch.zeros_like(embeds)
-    raise InputError(f"There is no baseline {baseline!r}: use mean, eos, zero or a tensor.")
-
-
-def completeness_gap(scores, moved):
-    """|sum(scores) - moved| / max(|moved|, 1 logit): 0 when the scores account for all of it.
-
-    The denominator is never below one logit: where the objective hardly moved, a ratio to
-    nothing would say nothing.
-
-    Introduced in notebooks/07_integrated_gradients.ipynb.
-    """
-    return float(abs(scores.sum() - moved)) / max(abs(float(moved)), 1.0)
-
-
-def path_slopes(model, question, start, alphas):
-    """The objective at points of the line from ``start`` to the prompt, and each token's slope.
-
-    ``alphas`` [points] runs from 0, the baseline, to 1, the prompt. Returns the values [points]
-    and the slopes [points, seq], both float64 on the CPU: token i's slope is the gradient at its
-    position times what the line changes there, so a row adds up to the slope of the objective.
-    A slope that overflows counts as zero, so that what it stands for is missed, not invented: at
-    the zero baseline the gradient is multiplied by 1/sqrt(eps) in every norm of every layer.
-
-    Introduced in notebooks/07_integrated_gradients.ipynb.
-    """
-    embeds = embed_prompt(model, question)
-    step = embeds - start
-
-    def run(some):
-        rows = start + some.to(embeds)[:, None, None] * step  # [points, seq, dim]
-        rows = rows.detach().requires_grad_(True)
-        values = objective(model, rows, question)
-        (grads,) = torch.autograd.grad(values.sum(), rows)
-        slopes = (grads * step).sum(dim=-1)  # [points, seq]
-        slopes = slopes.where(slopes.isfinite(), 0)
-        return values.detach().double().cpu(), slopes.double().cpu()
-
-    values, slopes = zip(*in_batches(model, run, alphas, embeds.shape[1]), strict=True)
-    return torch.cat(values), torch.cat(slopes)
+    if isinstance(baseline, str) and baseline not in ("mean", "eos", "zero"):
+        raise InputError(f"There is no baseline {baseline!r}: use mean, eos, zero or a tensor.")
+    found = blank(Asked(model, [question]), baseline)
+    assert found is not None
+    return found[:, : question.input_ids.shape[1]]
 
 
 def simpson(alphas, slopes):
@@ -105,24 +63,33 @@ def halve(run, alphas, values, slopes):
     return halves
 
 
-def refine(run, tolerance, max_evaluations):
-    """Halve the pieces of a path that miss most, until little is missing.
+def refine(run: Points, tolerance: float, max_evaluations: int) -> dict[str, Any]:
+    """Halve the pieces of a path that miss most, until little is missing for any of the outs.
 
-    ``run`` gives values [points] and slopes [points, seq] at alphas. Returns the scores [seq],
-    their estimated errors [seq], the gap, the evaluations spent, and whether the tolerance was
-    met: see ``integrated_gradients``.
+    ``run`` gives values [points, outs] and slopes [points, outs, columns] at alphas. The outs share
+    the points, and a piece is halved for whichever misses on it; what an out misses counts in units
+    of what it may miss, so that none waits for the others. Returns ``scores`` and ``errors`` [outs,
+    columns], ``moved`` [outs], ``evaluations`` and ``closed``: see ``integrated_gradients``.
 
-    Introduced in notebooks/07_integrated_gradients.ipynb.
+    notebooks/07_integrated_gradients.ipynb takes it apart, for one out.
     """
+    outs = 0
+
+    def flat(alphas):
+        nonlocal outs
+        values, slopes = run(alphas)
+        outs = values.shape[1]
+        return values, slopes.flatten(1)
+
     alphas = torch.linspace(0, 1, (FIRST_EVALUATIONS + 1) // 2, dtype=torch.float64)
-    pieces = [some.unfold(0, 3, 2) for some in (alphas, *run(alphas))]
-    pieces[2] = pieces[2].transpose(1, 2)  # unfold puts the three points last
-    moved = float(pieces[1][-1, 2] - pieces[1][0, 0])
-    scores = simpson(pieces[0], pieces[2])  # [pieces, seq]
+    pieces = [some.unfold(0, 3, 2) for some in (alphas, *flat(alphas))]
+    pieces[1:] = [some.transpose(1, 2) for some in pieces[1:]]  # unfold puts the points last
+    moved = pieces[1][-1, 2] - pieces[1][0, 0]  # [outs]
+    scores = simpson(pieces[0], pieces[2])  # [pieces, outs x columns]
     errors, evaluations = torch.zeros_like(scores), len(alphas)
     cut = torch.ones(len(scores), dtype=torch.bool)
     while cut.any():
-        halves = halve(run, *(some[cut] for some in pieces))
+        halves = halve(flat, *(some[cut] for some in pieces))
         evaluations += len(halves[0])
         parts = simpson(halves[0], halves[2])
         change = (parts.unflatten(0, (-1, 2)).sum(dim=1) - scores[cut]).abs() / 15
@@ -130,22 +97,36 @@ def refine(run, tolerance, max_evaluations):
         scores = torch.cat([scores[~cut], parts])
         errors = torch.cat([errors[~cut], (change / 2).repeat_interleave(2, dim=0)])
 
-        missing = (pieces[1][:, 2] - pieces[1][:, 0] - scores.sum(dim=1)).abs()  # [pieces]
+        totals = scores.unflatten(1, (outs, -1)).sum(dim=2)  # [pieces, outs]
+        missing = (pieces[1][:, 2] - pieces[1][:, 0] - totals).abs() / moved.abs().clamp(min=1)
         missing[pieces[0][:, 2] - pieces[0][:, 0] <= LEAST_WIDTH] = 0
-        gap = completeness_gap(scores, moved)
-        settled = float(missing.sum()) <= 5 * tolerance * max(abs(moved), 1.0)
-        if gap <= tolerance / 2 and settled:
+        gaps = (totals.sum(dim=0) - moved).abs() / moved.abs().clamp(min=1)
+        settled = missing.sum(dim=0) <= 5 * tolerance
+        waiting = ~((gaps <= tolerance / 2) & settled)
+        if not waiting.any():
             break
-        worst = missing.argsort(descending=True)
-        cut = missing >= missing.max() / 8
+        worst_of = missing[:, waiting].amax(dim=1)  # [pieces]
+        worst = worst_of.argsort(descending=True)
+        cut = worst_of >= worst_of.max() / 8
         cut[worst[:FEWEST_CUT]] = True
         cut[worst[max(0, max_evaluations - evaluations) // 2 :]] = False
-        cut &= missing > 0
-    return scores.sum(dim=0), errors.sum(dim=0), gap, evaluations, gap <= tolerance and settled
+        cut &= worst_of > 0
+    return {
+        "scores": scores.sum(dim=0).unflatten(0, (outs, -1)),
+        "errors": errors.sum(dim=0).unflatten(0, (outs, -1)),
+        "moved": moved,
+        "evaluations": evaluations,
+        "closed": bool(((gaps <= tolerance) & settled).all()),
+    }
 
 
-def integrated_gradients(model, question, baseline="mean", tolerance=0.02, max_evaluations=2000):
-    """Integrated gradients that add up, or say that they do not: signed, in logits.
+def integrated_gradients(
+    asked: Asked,
+    baseline: str | Tensor = "mean",
+    tolerance: float = 0.02,
+    max_evaluations: int = 2000,
+) -> list[Attribution]:
+    """Integrated gradients that add up, or say that they do not: signed, in nats.
 
     The line from the baseline to the prompt is cut in pieces, each integrated by Simpson's rule.
     How far a piece is off is known for nothing: its scores have to add up to the difference of
@@ -160,42 +141,83 @@ def integrated_gradients(model, question, baseline="mean", tolerance=0.02, max_e
     evaluations than a first look takes. Sources: Sundararajan et al. 2017, arXiv:1703.01365;
     Lyness 1969, doi:10.1145/321526.321537, for halving with Simpson's rule.
 
-    Introduced in notebooks/07_integrated_gradients.ipynb.
+    notebooks/07_integrated_gradients.ipynb takes it apart.
     """
     if not tolerance > 0 or max_evaluations < FIRST_EVALUATIONS:
         raise InputError(
             f"Integrated gradients need a tolerance above 0, not {tolerance}, and at least "
             f"{FIRST_EVALUATIONS} evaluations, not {max_evaluations}."
         )
-    start = baseline_embeds(model, question, baseline)
-    scores, errors, gap, evaluations, closed = refine(
-        lambda alphas: path_slopes(model, question, start, alphas), tolerance, max_evaluations
-    )
-    return Attribution(scores, gap=gap, closed=closed, errors=errors, evaluations=evaluations)
+    asked.settle()
+    found = []
+    for row in range(len(asked)):
+        done = refine(_points(asked, row, baseline), tolerance, max_evaluations)
+        scores, errors = (asked.per_unit(done.pop(name), row) for name in ("scores", "errors"))
+        found.append(attribution(asked, row, scores, errors=errors, **done))
+    return found
+
+
+def _points(asked, row, baseline):
+    """The outs of one question on the line from the baseline to its texts, as ``refine`` asks.
+
+    A column's slope is the gradient at its position times what the line changes there, so a row
+    adds up to the slope of the objective. A slope that overflows counts as zero, so that what it
+    stands for is missed, not invented: at the zero baseline the gradient is multiplied by
+    1/sqrt(eps) in every norm of every layer.
+    """
+    if isinstance(baseline, str) and baseline not in ("mean", "eos", "zero"):
+        raise InputError(f"There is no baseline {baseline!r}: use mean, eos, zero or a tensor.")
+    texts, columns = asked.embeds[row], asked.columns  # [texts, length, dim]
+    start = texts.clone()
+    start[:, :columns] = blank(asked, baseline)[row]
+    step = texts - start
+
+    def run(some):
+        rows = start + some.to(step)[:, None, None, None] * step  # [points, texts, length, dim]
+        of = step[0, :columns]
+        owner = torch.full((len(some),), row)
+        values, slopes = asked.reactions(rows, lambda grad: (grad * of).sum(dim=-1), owner)
+        return values.double().cpu(), slopes.where(slopes.isfinite(), 0).double().cpu()
+
+    def points(alphas):
+        values, slopes = zip(*asked.in_batches(run, alphas, texts.shape[1]), strict=True)
+        return torch.cat(values), torch.cat(slopes)
+
+    return points
 
 
 def fixed_step_integrated_gradients(
-    model, question, baseline="mean", n_steps=50, rule="gausslegendre"
-):
-    """Captum's integrated gradients, summed over the hidden dimension: signed, in logits.
+    model: Any,
+    question: Question,
+    baseline: str | Tensor = "mean",
+    n_steps: int = 50,
+    rule: str = "gausslegendre",
+) -> Attribution:
+    """Captum's integrated gradients, summed over the hidden dimension: signed, in nats.
 
     Gradients are averaged over ``n_steps`` points of the line, whatever happens on it. On a Llama
     50 steps may be far from the integral, and more steps no nearer: read ``gap`` before the
     scores. ``rule`` is Captum's ``method``. Source: Sundararajan et al. 2017, arXiv:1703.01365.
 
-    Introduced in notebooks/07_integrated_gradients.ipynb.
+    notebooks/07_integrated_gradients.ipynb takes it apart.
     """
-    embeds = embed_prompt(model, question)
-    start = baseline_embeds(model, question, baseline)
-    per_feature = IntegratedGradients(lambda rows: objective(model, rows, question)).attribute(
-        embeds,
-        baselines=start,
-        n_steps=n_steps,
-        method=rule,
-        internal_batch_size=rows_per_batch(embeds.shape[1]),
-    )  # [1, seq, dim]
-    scores = per_feature.sum(dim=-1)[0].detach().float()  # a norm would not add up
-    with torch.inference_mode():
-        end_value, start_value = objective(model, torch.cat([embeds, start]), question)
-    gap = completeness_gap(scores, end_value - start_value)
-    return Attribution(scores, gap=gap, evaluations=n_steps, forwards=2)
+    with asking(model, [question]) as asked:
+        start = asked.embeds.clone()
+        start[:, :, : asked.columns] = blank(asked, baseline)[:, None]
+
+        def forward(rows):
+            return asked.values(rows, torch.zeros(len(rows), dtype=torch.long))[:, 0]
+
+        per_feature = IntegratedGradients(forward).attribute(
+            asked.embeds,
+            baselines=start,
+            n_steps=n_steps,
+            method=rule,
+            internal_batch_size=rows_per_batch(asked.embeds[0, :, :, 0].numel()),
+        )  # [1, texts, length, dim]
+        scores = asked.in_columns(per_feature.sum(dim=-1))[:, None].detach()  # no norm: it adds up
+        with torch.inference_mode():
+            end_value, start_value = forward(torch.cat([asked.embeds, start]))
+        moved = (end_value - start_value)[None, None]
+        (found,) = attributions(asked, scores, moved=moved, evaluations=n_steps, forwards=2)
+        return found

@@ -11,62 +11,120 @@ purposes only. What that means for another use is a question for whoever plans t
 """
 
 import contextlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from transformers import AttentionInterface, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from helpers.attribution.engine import attending, embed_prompt, objective
-from helpers.attribution.path import completeness_gap
-from helpers.attribution.result import Attribution
-from helpers.errors import InputError
+from helpers.attribution.engine import Asked, attending, sdpa
+from helpers.attribution.result import Attribution, attributions
 
 
-def relevance(model, question, through_attention=True):
-    """The share of the objective that AttnLRP hands back to each token: signed, in logits.
+def relevance(asked: Asked, through_attention: bool = True) -> list[Attribution]:
+    """The share of the objective that AttnLRP hands back to each token: signed, in nats.
 
     One forward and one backward pass. With ``through_attention=False`` the attention weights are
     constants and all relevance goes through the values (CP-LRP, Ali et al. 2022,
     arXiv:2202.07304). Every rule left then passes on what it received, and in a model without
-    biases the scores add up to the objective.
+    biases the scores add up to the objective; for a log-probability, to the target's logit minus
+    the mean logit that the model itself expects.
 
     By default queries and keys are credited too. The softmax between them is expanded at its
     logits to first order and its constant part is given to no token, so the scores need not add
     up: ``gap`` is how much was lost or added on the way, and says nothing about whether the rules
     are the right ones. No tolerance is asked, so ``closed`` is ``None``.
 
-    Raises ``InputError`` for a model that is not a Llama. Source: Achtibat et al. 2024,
-    arXiv:2402.05602. notebooks/09_relevance.ipynb takes it apart.
+    Where a method of the gradient is wanted too, both go back from the same forward pass. Source:
+    Achtibat et al. 2024, arXiv:2402.05602. notebooks/09_relevance.ipynb takes it apart.
     """
-    embeds = embed_prompt(model, question).requires_grad_(True)
-    with relevance_rules(model, through_attention):
-        value = objective(model, embeds, question).sum()
-        (slope,) = torch.autograd.grad(value, embeds)  # [1, seq, dim], no longer the gradient
-    scores = (slope.float() * embeds.detach().float()).sum(dim=-1)[0]
-    return Attribution(scores, gap=completeness_gap(scores, value.detach()), evaluations=1)
+    rows = asked.embeds.detach().requires_grad_(True)
+    shared = asked.found.get("wanted", frozenset()) & {"saliency", "gradient_x_input"}
+    rules: Any = switchable_rules if through_attention and shared else relevance_rules
+    with rules(asked.model, through_attention) as switch:
+        logits = asked._run(rows, None).logits
+        values = asked._values(logits)  # [questions, outs]
+        if switch is not None:
+            grads = [asked.in_columns(grad) for grad in asked.gradients(values, rows, keep=True)]
+            asked.found["gradient"] = torch.stack(grads, dim=1)
+            switch.on = True
+        products = [slope.float() * rows.detach() for slope in asked.gradients(values, rows)]
+        moved = asked._values(logits.detach(), to_first_order=True)
+    scores = torch.stack([asked.in_columns(each).sum(dim=-1) for each in products], dim=1)
+    totals = torch.stack([each.sum(dim=(1, 2, 3)) for each in products], dim=1)
+    return attributions(asked, scores, totals=totals, moved=moved, evaluations=1)
+
+
+def is_llama(model: Any) -> str | None:
+    """``None`` for a Llama; for another model, why a method with rules for Llamas cannot run."""
+    if isinstance(model, LlamaForCausalLM):
+        return None
+    return (
+        f"It has rules for LlamaForCausalLM, and this is a {type(model).__name__}: take a Llama, or "
+        "another method, such as integrated_gradients."
+    )
 
 
 @contextlib.contextmanager
-def relevance_rules(model, through_attention=True):
+def relevance_rules(model: Any, through_attention: bool = True) -> Iterator[None]:
     """Let a backward pass of ``model`` propagate relevance while inside; forward is unchanged.
 
     The gradient times the activation is then, at any place of the network, the relevance there.
     """
-    if not isinstance(model, LlamaForCausalLM):
-        raise InputError(
-            f"Relevance has rules for LlamaForCausalLM, and this is a {type(model).__name__}: "
-            "take a Llama, or another method, such as integrated_gradients."
-        )
-    attend = attention_rule if through_attention else attention_kept_constant
+    rule = attention_rule if through_attention else attention_kept_constant
     # attention stays fused: no [seq, seq] map is kept for the backward pass
-    fused = "sdpa_float32" if model.config._attn_implementation == "sdpa_float32" else "sdpa"
-    attend = attend(AttentionInterface()[fused])
-    with rules_in_place(model, identity_rule, product_rule, attend):
+    with rules_in_place(model, identity_rule, product_rule, rule(sdpa)):
         yield
 
 
 @contextlib.contextmanager
-def rules_in_place(model, after, before, attend):
+def switchable_rules(model: Any, through_attention: bool = True) -> Iterator[SimpleNamespace]:
+    """``relevance_rules`` that can be switched on between a forward pass and a backward one.
+
+    Gives an object with ``on``, false at first: what is then handed back is the gradient.
+    """
+    switch = SimpleNamespace(on=False)
+
+    def either(value, ruled):
+        return Either.apply(value, ruled, switch)
+
+    def after(module, args, out):
+        return either(out, identity_rule(module, args, out))
+
+    def before(module, args):
+        return (either(*args, *product_rule(module, args)),)
+
+    def attend_by_either(module, query, key, value, mask, **options):
+        def attend(module, *ruled, **options):
+            *ruled, mask = ruled
+            inputs = [either(*both) for both in zip((query, key, value), ruled, strict=True)]
+            return sdpa(module, *inputs, mask, **options)
+
+        return attention_rule(attend)(module, query, key, value, mask, **options)
+
+    with rules_in_place(model, after, before, attend_by_either):
+        yield switch
+
+
+class Either(torch.autograd.Function):
+    """A value with two ways back: through ``value``, or with the switch on through ``ruled``."""
+
+    @staticmethod
+    def forward(ctx, value, ruled, switch):
+        ctx.switch = switch
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (None, grad, None) if ctx.switch.on else (grad, None, None)
+
+
+@contextlib.contextmanager
+def rules_in_place(
+    model: Any, after: Callable, before: Callable, attend: Callable
+) -> Iterator[None]:
     """Put rules where a Llama needs one, while inside.
 
     ``after`` is a forward hook of norms and activations, ``before`` a forward pre-hook of what

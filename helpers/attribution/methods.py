@@ -1,0 +1,169 @@
+"""The methods: each one says all about itself in one record."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import entry_points
+from typing import Any
+
+from helpers.attribution.attention import attention, attention_rollout
+from helpers.attribution.control import random
+from helpers.attribution.decomposition import alti_logit
+from helpers.attribution.engine import Asked
+from helpers.attribution.gradients import gradient_x_input, saliency
+from helpers.attribution.path import FIRST_EVALUATIONS, integrated_gradients
+from helpers.attribution.perturbation import occlusion, shapley, takes_all_subsets
+from helpers.attribution.relevance import is_llama, relevance
+from helpers.attribution.result import Attribution
+from helpers.errors import InputError
+
+BUDGET = 30_000  # tokens x gradients that a report lets one method spend on one prompt
+ENTRY_POINT = "llama_notebooks.methods"
+
+
+@dataclass(frozen=True)
+class Price:
+    """Rows that a method runs: with a gradient, or only forward.
+
+    ``share`` is the part of a forward row that is really run, in the mean: rows share what comes
+    before their first change. ``memory`` counts floats that are held beside one pass.
+    """
+
+    gradients: float = 0
+    forwards: float = 0
+    share: float = 1.0
+
+
+def _no_options(units: int, tokens: int, budget: int) -> dict:
+    return {}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What there is to know of a method, asked by notebooks, reports, scores and estimates alike.
+
+    ``run(asked, **options)`` returns one ``Attribution`` for each question of an ``Asked``.
+    ``signed`` says whether negative scores push the answer away, ``adds_up`` whether scores promise
+    a total, ``additive`` whether a unit's score is the sum of its tokens' (else units are taken
+    whole). ``refusal(model)`` is a sentence where the model lacks what the method needs, or
+    ``None``. ``options(units, tokens, budget)`` are the method's options under a budget of tokens x
+    gradients, ``None`` where it cannot be afforded; ``price(units, tokens, options)`` is what a
+    prompt takes with them. ``reads`` names a pass that methods share.
+
+    A package adds its own by the entry point group ``llama_notebooks.methods``, which leads to a
+    ``Method``; its name is that of the entry point.
+    """
+
+    name: str
+    run: Callable[..., list[Attribution]]
+    price: Callable[[int, int, dict], Price]
+    signed: bool = True
+    adds_up: bool = False
+    additive: bool = True
+    refusal: Callable[[Any], str | None] = lambda model: None
+    options: Callable[[int, int, int], dict | None] = _no_options
+    reads: str = ""
+
+    def __call__(self, asked: Asked, **options: Any) -> list[Attribution]:
+        return self.run(asked, **options)
+
+
+def _one_gradient(units: int, tokens: int, options: dict) -> Price:
+    return Price(gradients=1)
+
+
+def _one_forward(units: int, tokens: int, options: dict) -> Price:
+    return Price(forwards=1)
+
+
+def _path_options(units: int, tokens: int, budget: int) -> dict:
+    return {"max_evaluations": max(FIRST_EVALUATIONS, min(2000, budget // tokens))}
+
+
+def _path_price(units: int, tokens: int, options: dict) -> Price:
+    usual = 300  # gradients in the mean over benchmarks/prompts/tuning.yml; a few take 2,000
+    return Price(gradients=min(usual, options.get("max_evaluations", 2000)))
+
+
+def _shapley_options(units: int, tokens: int, budget: int) -> dict | None:
+    rows = budget // tokens
+    if rows < 4 * units and not takes_all_subsets(units, 4):
+        return None
+    return {"permutations": 2 * max(2, min(10, rows // 8 // max(1, units)))}
+
+
+def _shapley_price(units: int, tokens: int, options: dict) -> Price:
+    orders = options.get("permutations", 20)
+    rows = 2**units if takes_all_subsets(units, orders) else orders * (units - 1) + 2
+    return Price(forwards=rows + 1, share=0.75)
+
+
+def _occlusion_price(units: int, tokens: int, options: dict) -> Price:
+    return Price(forwards=units + 1, share=0.5 + 0.5 / max(1, units))
+
+
+BUILT_IN = [
+    Method("saliency", saliency, _one_gradient, signed=False, reads="gradient"),
+    Method("gradient_x_input", gradient_x_input, _one_gradient, reads="gradient"),
+    Method("attention", attention, _one_forward, signed=False),
+    Method("attention_rollout", attention_rollout, _one_forward, signed=False),
+    Method("alti_logit", alti_logit, _one_forward, adds_up=True, refusal=is_llama),
+    Method(
+        "relevance", relevance, _one_gradient, adds_up=True, refusal=is_llama, reads="gradient"
+    ),
+    Method(
+        "integrated_gradients",
+        integrated_gradients,
+        _path_price,
+        adds_up=True,
+        options=_path_options,
+    ),
+    Method("occlusion", occlusion, _occlusion_price, additive=False),
+    Method(
+        "shapley",
+        shapley,
+        _shapley_price,
+        adds_up=True,
+        additive=False,
+        options=_shapley_options,
+    ),
+    Method("random", random, lambda units, tokens, options: Price(), additive=False),
+]
+
+
+class Methods(Mapping[str, Method]):
+    """``{name: Method}`` of this package and of others, which are looked for at the first use."""
+
+    @cached_property
+    def _found(self) -> dict[str, Method]:
+        found = {method.name: method for method in BUILT_IN}
+        for point in entry_points(group=ENTRY_POINT):
+            method = point.load()
+            if point.name in found or not isinstance(method, Method):
+                raise InputError(
+                    f"The method {point.name!r} of the package {point.value!r} is "
+                    + ("there already" if point.name in found else "no Method")
+                    + ": uninstall that package, or ask its authors."
+                )
+            found[point.name] = method
+        return found
+
+    def __getitem__(self, name: str) -> Method:
+        if name not in self._found:
+            raise InputError(
+                f"There is no method {str(name)[:80]!r}: choose from {', '.join(self._found)}.",
+                field="methods",
+            )
+        return self._found[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+METHODS = Methods()
