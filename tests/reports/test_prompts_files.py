@@ -20,9 +20,9 @@ from helpers import InputError
 from helpers.attribution import METHODS
 from helpers.models import tiny_llama
 from helpers.provenance import code_version, model_digest
-from helpers.reports import jobs as jobs_module
-from helpers.reports.jobs import find_notebook, finished, notebook_digest, plan
-from helpers.reports.prompts import LONGEST_LINE, Entry, read_entries
+from llama_reports import jobs as jobs_module
+from llama_reports.jobs import find_notebook, finished, notebook_digest, plan
+from llama_reports.prompts import LONGEST_LINE, Entry, read_entries
 
 SCHEMA = pyarrow.schema(
     [
@@ -294,7 +294,7 @@ BOMBS = {
 READ = """
 import resource
 import sys
-from helpers.reports.prompts import InputError, parse_entry, read_entries
+from llama_reports.prompts import InputError, parse_entry, read_entries
 
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000, -1))

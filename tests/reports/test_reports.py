@@ -21,11 +21,11 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from helpers import InputError
-from helpers.reports import find_notebook, plan, read_entries, run_report, write_index
-from helpers.reports.files import write_whole
-from helpers.reports.pages import report_page
+from llama_reports import find_notebook, plan, read_entries, run_report, write_index
+from llama_reports.files import write_whole
+from llama_reports.pages import report_page
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def prompts_file(folder, text):
@@ -260,7 +260,7 @@ def test_bundled_model_reports_on_a_prompt_no_notebook_contains(tmp_path):
 def command(*arguments):
     environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
     return subprocess.run(
-        [sys.executable, "-m", "helpers.reports", *map(str, arguments)],
+        [sys.executable, "-m", "llama_reports", *map(str, arguments)],
         capture_output=True,
         text=True,
         env=environment,
