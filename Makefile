@@ -88,7 +88,7 @@ execute: model
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)"
-	.venv-lock/bin/python -m pip install --quiet ".[test]"
+	.venv-lock/bin/python -m pip install --quiet ".[reports,test]"
 	( echo "# Written by make lock: the exact set the tests pass with."; \
 	  .venv-lock/bin/python -m pip freeze --exclude llama-notebooks | sed 's/+cpu$$//' ) > requirements.lock
 	( echo "# Written by make lock: the same set as requirements.lock, for conda users."; \

@@ -25,8 +25,8 @@ import yaml
 from report import keep, table
 
 from helpers.ground_truth import FAMILIES, cases
-from llama_reports import NOTEBOOKS, plan, run_report
-from llama_reports.run import report_source
+from llama_reports.jobs import NOTEBOOKS, plan
+from llama_reports.run import report_source, run_report
 from llama_reports.warm import WarmEngine
 
 METHODS = ["saliency", "gradient_x_input", "relevance", "random"]

@@ -1,4 +1,4 @@
-"""The command line: ``python -m llama_reports``."""
+"""The command line: ``llama-reports``, or ``python -m llama_reports``."""
 
 import errno
 import os
@@ -7,6 +7,11 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Annotated
+
+try:
+    import papermill  # noqa: F401
+except ModuleNotFoundError:
+    raise SystemExit("Reports need more: pip install 'llama-notebooks[reports]'") from None
 
 import psutil
 import typer

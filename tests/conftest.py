@@ -10,7 +10,7 @@ import yaml
 from running import write_notebook
 
 from helpers import load_model, tiny_llama
-from llama_reports import find_notebook
+from llama_reports.jobs import find_notebook
 
 
 @pytest.fixture(scope="session")

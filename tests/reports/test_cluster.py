@@ -202,6 +202,6 @@ def test_a_worker_that_does_not_see_the_folder_is_named(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="does not see"):
             cluster._check_workers(client, tmp_path, 5)
         monkeypatch.undo()
-        monkeypatch.setattr(cluster, "code_version", lambda: "another")
+        monkeypatch.setattr(cluster, "_version", lambda: "another")
         with pytest.raises(InputError, match="another version"):
             cluster._check_workers(client, tmp_path, 5)
