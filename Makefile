@@ -35,11 +35,11 @@ model: $(READY)
 
 # The reports fetch the model themselves, where it is not there yet. As many workers as fit.
 report: $(READY)
-	$(BIN)/python -m helpers.reports $(PROMPTS) --out $(OUT) --workers 0
+	$(BIN)/python -m llama_reports $(PROMPTS) --out $(OUT) --workers 0
 
 test: model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
-		--nbval --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 300
+		--nbval --nbval-sanitize-with tests/notebooks/nbval_sanitize.cfg --nbval-cell-timeout 300
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -88,7 +88,7 @@ execute: model
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)"
-	.venv-lock/bin/python -m pip install --quiet ".[test]"
+	.venv-lock/bin/python -m pip install --quiet ".[reports,test]"
 	( echo "# Written by make lock: the exact set the tests pass with."; \
 	  .venv-lock/bin/python -m pip freeze --exclude llama-notebooks | sed 's/+cpu$$//' ) > requirements.lock
 	( echo "# Written by make lock: the same set as requirements.lock, for conda users."; \

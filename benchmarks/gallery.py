@@ -20,8 +20,8 @@ from statistics import median
 import nbformat
 from playwright.sync_api import sync_playwright
 
-from helpers.reports.gallery import write_index
-from helpers.reports.pages import THUMBNAIL, report_page
+from llama_reports.gallery import write_index
+from llama_reports.pages import THUMBNAIL, report_page
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
 from report import keep, table

@@ -25,9 +25,9 @@ import yaml
 from report import keep, table
 
 from helpers.ground_truth import FAMILIES, cases
-from helpers.reports import NOTEBOOKS, plan, run_report
-from helpers.reports.run import report_source
-from helpers.reports.warm import WarmEngine
+from llama_reports.jobs import NOTEBOOKS, plan
+from llama_reports.run import report_source, run_report
+from llama_reports.warm import WarmEngine
 
 METHODS = ["saliency", "gradient_x_input", "relevance", "random"]
 REPORTING = Path(__file__).with_name("prompts") / "reporting.yml"
@@ -143,7 +143,7 @@ def killed(count):
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "prompts.yml"
         file.write_text(yaml.safe_dump(prompts), encoding="utf-8")
-        command = [sys.executable, "-m", "helpers.reports", str(file), "--workers", "2"]
+        command = [sys.executable, "-m", "llama_reports", str(file), "--workers", "2"]
         command += ["--notebook", str(_short_notebook(Path(folder))), "--out"]
         seconds = {}
         began = time.perf_counter()
@@ -205,8 +205,8 @@ def _workers(pid):
     for process in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             parent = process.parent()
-            serves = "helpers.reports.fork_server" in process.cmdline()
-            if serves and "helpers.reports.fork_server" not in parent.cmdline():
+            serves = "llama_reports.fork_server" in process.cmdline()
+            if serves and "llama_reports.fork_server" not in parent.cmdline():
                 found.append(parent)
     return found
 

@@ -28,8 +28,8 @@ import torch
 from helpers import ask, attribute
 from helpers.ground_truth import FAMILIES, cases
 from helpers.models import BUNDLED
-from helpers.reports import scores
-from helpers.reports.scores import DEFAULT_METHODS, chunks, score_part
+from llama_reports import scores
+from llama_reports.scores import DEFAULT_METHODS, chunks, score_part
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
 from machine import gradient_flops, matrix_rate, measured

@@ -53,17 +53,19 @@ def model_digest(name):
     return digest.hexdigest()
 
 
-def code_version():
+def code_version(sources=None):
     """SHA-256 of the code that a result depends on, in hexadecimal.
 
-    That is every source, template and table of ``helpers``, and the versions of the packages that
-    do the arithmetic.
+    That is every source and table of ``helpers``, and the versions of the packages that do the
+    arithmetic. How ``llama_reports`` shows a result is not among it. ``sources`` is the folder of
+    another package to be told apart.
     """
+    sources = sources or SOURCES
     digest = hashlib.sha256()
     for name in PACKAGES[1:]:
         digest.update(f"{name} {version(name)}\n".encode())
-    for file in sorted(SOURCES.rglob("*")):
-        inside = file.relative_to(SOURCES)
+    for file in sorted(sources.rglob("*")):
+        inside = file.relative_to(sources)
         hidden = any(part.startswith((".", "__pycache__")) for part in inside.parts)
         if file.is_file() and not hidden:
             _add(digest, inside.as_posix(), file)

@@ -10,7 +10,7 @@ import yaml
 from running import write_notebook
 
 from helpers import load_model, tiny_llama
-from helpers.reports import find_notebook
+from llama_reports.jobs import find_notebook
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +89,7 @@ def reports(tiny_folder, hostile, tmp_path_factory):
         {"id": "hostile", "prompt": hostile},
     ]
     (work / "prompts.yml").write_text(yaml.safe_dump(prompts), encoding="utf-8")
-    command = [sys.executable, "-m", "helpers.reports", work / "prompts.yml", "--out", work / "out"]
+    command = [sys.executable, "-m", "llama_reports", work / "prompts.yml", "--out", work / "out"]
     command += ["--model", tiny_folder, "--notebook", work / "08_comparison.ipynb"]
     secret = {"SOME_SERVICE_TOKEN": "hf_abcdefghijklmnop"}
     done = subprocess.run(

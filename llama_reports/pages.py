@@ -16,7 +16,7 @@ from nbconvert.filters import strip_ansi
 from nbconvert.preprocessors import TagRemovePreprocessor
 from PIL import Image
 
-from helpers.reports.files import write_whole
+from llama_reports.files import write_whole
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 PREFERRED = "matrix_signed.png"  # the figure that says most about a report at a glance

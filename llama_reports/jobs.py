@@ -16,10 +16,10 @@ from helpers.errors import InputError
 from helpers.models import BUNDLED, load_tokenizer, public_name, resolve_model
 from helpers.provenance import code_version, model_digest
 from helpers.questions import check_question
-from helpers.reports.files import read_mapping
-from helpers.reports.prompts import is_reserved, parse_entry, read_entries
+from llama_reports.files import read_mapping
+from llama_reports.prompts import is_reserved, parse_entry, read_entries
 
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 DEFAULT_NOTEBOOK = "08_comparison"
 TOLD = 20  # bad entries that are named; the rest is counted
 DIGITS = (0, 6, 16, 32)  # of a question's digest in a folder's name

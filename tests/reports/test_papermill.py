@@ -12,7 +12,7 @@ import pytest
 from llama3_rope import LLAMA3_ROPE
 
 from helpers import tiny_llama
-from helpers.reports import NOTEBOOKS
+from llama_reports.jobs import NOTEBOOKS
 
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 PROMPTS = {

@@ -9,8 +9,8 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 from report_folders import write_report
 
-from helpers.reports.gallery import write_index
-from helpers.reports.pages import report_page
+from llama_reports.gallery import write_index
+from llama_reports.pages import report_page
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -15,8 +15,8 @@ from PIL import Image
 from report_folders import write_report
 
 from helpers.faithfulness import bootstrap_interval, rank_correlation
-from helpers.reports.gallery import compare, read_reports, write_index
-from helpers.reports.pages import content_policy, report_page, shown, thumbnail
+from llama_reports.gallery import compare, read_reports, write_index
+from llama_reports.pages import content_policy, report_page, shown, thumbnail
 
 METHODS = {"saliency": {}, "occlusion": {}, "random": {}}
 

@@ -21,11 +21,14 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from helpers import InputError
-from helpers.reports import find_notebook, plan, read_entries, run_report, write_index
-from helpers.reports.files import write_whole
-from helpers.reports.pages import report_page
+from llama_reports.files import write_whole
+from llama_reports.gallery import write_index
+from llama_reports.jobs import find_notebook, plan
+from llama_reports.pages import report_page
+from llama_reports.prompts import read_entries
+from llama_reports.run import run_report
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def prompts_file(folder, text):
@@ -260,7 +263,7 @@ def test_bundled_model_reports_on_a_prompt_no_notebook_contains(tmp_path):
 def command(*arguments):
     environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
     return subprocess.run(
-        [sys.executable, "-m", "helpers.reports", *map(str, arguments)],
+        [sys.executable, "-m", "llama_reports", *map(str, arguments)],
         capture_output=True,
         text=True,
         env=environment,
@@ -290,6 +293,13 @@ def test_bad_input_is_one_message_without_a_traceback(tmp_path, arguments, compl
     done = command(*[a.format(good=good) for a in arguments], "--out", tmp_path / "out")
     assert done.returncode == 2 and complaint in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_without_the_extra_the_command_says_what_to_install():
+    code = "import sys; sys.modules['papermill'] = None; from llama_reports.command import main"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "pip install 'llama-notebooks[reports]'" in done.stderr
 
 
 def test_out_that_cannot_be_written_is_one_message(tmp_path):

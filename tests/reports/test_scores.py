@@ -19,8 +19,8 @@ import torch
 
 from helpers import InputError, ask, attribute
 from helpers.ground_truth import FAMILIES, cases
-from helpers.reports import scores as module
-from helpers.reports.scores import (
+from llama_reports import scores as module
+from llama_reports.scores import (
     DEFAULT_METHODS,
     EVIDENCE,
     PROMPTS,
@@ -31,14 +31,14 @@ from helpers.reports.scores import (
     score_part,
 )
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "scores.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "scores.md"
 WORDS = ["The", "keys", "to", "the", "old", "cabinet", "are", "in", "Riga", "not", "Oslo"]
 ODD = "tab\tnul\x00 line\r\nquote'\" 你好 🙂 مرحبا NA \N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What score_part reads of a job of helpers.reports.jobs."""
+    """What score_part reads of a job of llama_reports.jobs."""
 
     identity: str
     prompt: str
@@ -263,7 +263,7 @@ def test_tables_of_another_version_are_refused(scored, tmp_path):
 
 RUN = """
 import os, signal, sys, time
-from helpers.reports import files, scores
+from llama_reports import files, scores
 from test_scores import some_jobs
 import torch
 torch.set_num_threads(1)
@@ -449,7 +449,7 @@ def test_the_benchmark_takes_its_short_prompts_from_the_reporting_half(bundled):
 
 def command(*given):
     return subprocess.run(
-        [sys.executable, "-m", "helpers.reports", *map(str, given), "--scores-only"],
+        [sys.executable, "-m", "llama_reports", *map(str, given), "--scores-only"],
         capture_output=True,
         text=True,
     )

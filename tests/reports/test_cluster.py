@@ -18,7 +18,7 @@ from distributed import Client, KilledWorker
 from running import scores
 
 from helpers.errors import InputError
-from helpers.reports.cluster import run_on_cluster
+from llama_reports.cluster import run_on_cluster
 
 KILL_THE_WORKER = """
 import psutil
@@ -77,7 +77,7 @@ def prompts_file(folder):
 
 def command(*given):
     return subprocess.run(
-        [sys.executable, "-m", "helpers.reports", *map(str, given)], capture_output=True, text=True
+        [sys.executable, "-m", "llama_reports", *map(str, given)], capture_output=True, text=True
     )
 
 
@@ -151,7 +151,7 @@ def test_a_cluster_of_others_loses_nothing_when_a_worker_and_then_its_scheduler_
         first = stack.enter_context(started(*scheduler))
         workers = [stack.enter_context(started(*worker)) for _ in range(2)]
         run = subprocess.Popen(
-            [sys.executable, "-m", "helpers.reports", *map(str, given)],
+            [sys.executable, "-m", "llama_reports", *map(str, given)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -180,7 +180,7 @@ def test_a_scheduler_that_is_not_there_is_told(tmp_path, address):
     address = address.format(port=free_port())
     code = f"""
 from helpers.errors import InputError
-from helpers.reports.cluster import run_on_cluster
+from llama_reports.cluster import run_on_cluster
 try:
     next(run_on_cluster(abs, [1], {str(tmp_path)!r}, scheduler={address!r}, patience=1))
 except InputError as error:
@@ -193,7 +193,7 @@ except InputError as error:
 def test_a_worker_that_does_not_see_the_folder_is_named(tmp_path, monkeypatch):
     from distributed import LocalCluster
 
-    from helpers.reports import cluster
+    from llama_reports import cluster
 
     local = LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None)
     with local, Client(local) as client:
@@ -202,6 +202,6 @@ def test_a_worker_that_does_not_see_the_folder_is_named(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="does not see"):
             cluster._check_workers(client, tmp_path, 5)
         monkeypatch.undo()
-        monkeypatch.setattr(cluster, "code_version", lambda: "another")
+        monkeypatch.setattr(cluster, "_version", lambda: "another")
         with pytest.raises(InputError, match="another version"):
             cluster._check_workers(client, tmp_path, 5)

@@ -17,7 +17,7 @@ from PIL import Image
 
 import helpers
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TAGS = {"parameters", "solution", "nbval-ignore-output", "not-in-report"}
 
@@ -149,7 +149,8 @@ def test_helper_is_the_function_its_notebook_wrote(function, notebook):
 
 # --- the guide ---------------------------------------------------------------------------------
 
-GUIDE = yaml.safe_load((ROOT / "tests" / "guide_coverage.yml").read_text(encoding="utf-8"))
+TABLE = Path(__file__).with_name("guide_coverage.yml")
+GUIDE = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
 ITEMS = [pytest.param(item, id=item["tag"]) for section in GUIDE for item in section["items"]]
 
 

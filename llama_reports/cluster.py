@@ -156,17 +156,20 @@ def _check_workers(client, folder, patience):
                 f"The worker {worker} does not see {probe.parent}: use a folder that all machines "
                 "share, under the same path."
             )
-        if version != code_version():
+        if version != _version():
             raise InputError(
-                f"The worker {worker} runs another version of helpers, torch, transformers, captum "
-                "or numpy, and its numbers could differ: install the same there."
+                f"The worker {worker} runs another version of helpers, llama_reports, torch, "
+                "transformers, captum or numpy, and its numbers could differ: install the same "
+                "there."
             )
 
 
-def _look(path):
-    from helpers.provenance import code_version
+def _version():
+    return code_version(), code_version(Path(__file__).resolve().parent)
 
+
+def _look(path):
     deadline = time.monotonic() + 5  # a shared folder may be slow to tell
     while not Path(path).exists() and time.monotonic() < deadline:
         time.sleep(0.2)
-    return Path(path).exists(), code_version()
+    return Path(path).exists(), _version()

@@ -35,7 +35,7 @@ CAN_FORK = sys.platform == "linux"
 
 
 class ForkServer:
-    """The process that forks kernels; see ``helpers.reports.fork_server``.
+    """The process that forks kernels; see ``llama_reports.fork_server``.
 
     It ends when ``close`` is called or this process ends, however that comes about.
     """
@@ -44,7 +44,7 @@ class ForkServer:
         ours, theirs = socket.socketpair()
         with theirs:
             # -P: a file in the current folder must not stand in for a module
-            command = [sys.executable, "-P", "-m", "helpers.reports.fork_server"]
+            command = [sys.executable, "-P", "-m", "llama_reports.fork_server"]
             self.process = subprocess.Popen(
                 [*command, str(theirs.fileno()), model or "", dtype],
                 pass_fds=[theirs.fileno()],

@@ -24,8 +24,8 @@ from PIL import Image
 
 from helpers.faithfulness import bootstrap_interval
 from helpers.plots import readable, save_figure
-from helpers.reports.files import read_mapping, write_whole
-from helpers.reports.pages import THUMBNAIL, overview_page, shown, thumbnail
+from llama_reports.files import read_mapping, write_whole
+from llama_reports.pages import THUMBNAIL, overview_page, shown, thumbnail
 
 CONTROL = "random"  # the method that knows nothing
 EVIDENCE = {

@@ -1,6 +1,6 @@
 """A process that has imported everything and loaded the model, and forks a kernel for every run.
 
-Started by ``helpers.reports.warm``, which speaks with it over a socket: one JSON line asks for a
+Started by ``llama_reports.warm``, which speaks with it over a socket: one JSON line asks for a
 kernel, one JSON line answers with its process number. A kernel is a copy of this process as it
 was before any run, so nothing of one run is left for the next: no variable, seed, setting,
 imported or patched module, changed weight or leaked memory. Pages that a kernel does not write

@@ -11,7 +11,7 @@ from helpers import ask, attribute
 from helpers.attribution import METHODS
 from helpers.attribution.engine import frozen, objective
 from helpers.faithfulness import against_random
-from helpers.reports.estimate import (
+from llama_reports.estimate import (
     ENOUGH,
     START,
     Machine,
@@ -28,8 +28,8 @@ from helpers.reports.estimate import (
     report_work,
     scores_work,
 )
-from helpers.reports.estimate import _erasure as erasure
-from helpers.reports.jobs import plan
+from llama_reports.estimate import _erasure as erasure
+from llama_reports.jobs import plan
 
 MACHINE = Machine(flops=1e9, bandwidth=1e9, overhead=1e-4)
 

@@ -1,4 +1,4 @@
-"""The command line: ``python -m helpers.reports``."""
+"""The command line: ``llama-reports``, or ``python -m llama_reports``."""
 
 import errno
 import os
@@ -8,6 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+try:
+    import papermill  # noqa: F401
+except ModuleNotFoundError:
+    raise SystemExit("Reports need more: pip install 'llama-notebooks[reports]'") from None
+
 import psutil
 import typer
 from tqdm import tqdm
@@ -15,13 +20,13 @@ from tqdm import tqdm
 from helpers.attribution import METHODS
 from helpers.errors import InputError
 from helpers.models import BUNDLED
-from helpers.reports.estimate import estimate
-from helpers.reports.files import only_writer, read_mapping
-from helpers.reports.gallery import write_index
-from helpers.reports.jobs import DEFAULT_NOTEBOOK, finished, plan
-from helpers.reports.prompts import check_method
-from helpers.reports.run import keep_failure, report_source, run_report
-from helpers.reports.scores import (
+from llama_reports.estimate import estimate
+from llama_reports.files import only_writer, read_mapping
+from llama_reports.gallery import write_index
+from llama_reports.jobs import DEFAULT_NOTEBOOK, finished, plan
+from llama_reports.prompts import check_method
+from llama_reports.run import keep_failure, report_source, run_report
+from llama_reports.scores import (
     DEFAULT_METHODS,
     chunks,
     discard_unfinished,
@@ -216,7 +221,7 @@ def _results(function, tasks, out, cluster):
                 result, error = None, raised
             yield task, result, error
         return
-    from helpers.reports.cluster import run_on_cluster  # takes a second to import
+    from llama_reports.cluster import run_on_cluster  # takes a second to import
 
     some = run_on_cluster(function, tasks, out, workers=workers, scheduler=scheduler)
     with closing(some) as results:

@@ -14,7 +14,7 @@ import pytest
 from nbclient.exceptions import DeadKernelError
 from running import write_notebook
 
-from helpers.reports.warm import CAN_FORK, ForkServer, WarmEngine
+from llama_reports.warm import CAN_FORK, ForkServer, WarmEngine
 
 pytestmark = pytest.mark.skipif(not CAN_FORK, reason="kernels are forked on Linux only")
 
@@ -177,7 +177,7 @@ def test_a_leak_ends_with_its_run(tmp_path):
 
 def test_no_kernel_and_no_server_outlives_a_killed_caller(tmp_path):
     path = notebook(tmp_path, "import time; open('started', 'w').close(); time.sleep(600)")
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    code = f"import sys; sys.path[:] = {sys.path!r}\n"
     code += f"from pathlib import Path; from test_warm import run; run(Path({str(path)!r}))"
     caller = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

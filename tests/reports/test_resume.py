@@ -15,13 +15,13 @@ import yaml
 from running import scores
 
 from helpers.errors import InputError
-from helpers.reports.files import UNFINISHED, only_writer
+from llama_reports.files import UNFINISHED, only_writer
 
 WORDS = ["keys", "doors", "boats", "lamps", "chairs", "roads", "books", "birds", "rivers"]
 WORDS += ["clouds", "apples", "stones"]
 # imports helpers once, and forks a process for every run
 forked = multiprocessing.get_context("forkserver")
-forked.set_forkserver_preload(["helpers.reports.command"])
+forked.set_forkserver_preload(["llama_reports.command"])
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def arguments(prompts, out, model, notebook, *more):
 
 def command(given, output):
     """The command line, in a process that is killed from outside or ends by itself."""
-    from helpers.reports.command import app
+    from llama_reports.command import app
 
     with Path(output).open("a") as sys.stdout:
         sys.stderr = sys.stdout
@@ -120,7 +120,7 @@ def test_a_run_stopped_by_ctrl_c_says_what_it_has(prompts, tmp_path, tiny_folder
     out = tmp_path / "out"
     # a report takes long enough for the signal to arrive in the middle of the second
     notebook = quick_notebook("import time; time.sleep(2)")
-    given = [sys.executable, "-m", "helpers.reports"]
+    given = [sys.executable, "-m", "llama_reports"]
     given += arguments(prompts, out, tiny_folder, notebook)
     process = subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -152,7 +152,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_finished_stays(
     given = arguments(prompts, disk / "out", tiny_folder, notebook)
     inside = (
         f"mount -t tmpfs -o size=3m tmpfs {disk} && "
-        f"{sys.executable} -m helpers.reports {' '.join(given)}; code=$?; "
+        f"{sys.executable} -m llama_reports {' '.join(given)}; code=$?; "
         f"ls -A {disk}/out > {tmp_path}/left; cp {disk}/out/*/report.json {tmp_path}; exit $code"
     )
     done = subprocess.run(["unshare", "-rm", "sh", "-c", inside], capture_output=True, text=True)

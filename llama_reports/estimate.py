@@ -24,8 +24,8 @@ from helpers.attribution import METHODS
 from helpers.attribution.engine import TOKENS_PER_BATCH, gradient_bytes
 from helpers.attribution.perturbation import FULL_PASS
 from helpers.models import public_name, resolve_model
-from helpers.reports.jobs import DEFAULT_NOTEBOOK, finished
-from helpers.reports.scores import DEFAULT_METHODS, WINDOW
+from llama_reports.jobs import DEFAULT_NOTEBOOK, finished
+from llama_reports.scores import DEFAULT_METHODS, WINDOW
 
 TOY_LAYERS = 8  # of the model that a layer's fixed time is measured on
 SHOWN = 10  # reports that are named

@@ -5,8 +5,10 @@ import io
 import itertools
 import json
 import pickle
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pyarrow
@@ -16,13 +18,15 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import helpers
+import llama_reports
 from helpers import InputError
 from helpers.attribution import METHODS
 from helpers.models import tiny_llama
 from helpers.provenance import code_version, model_digest
-from helpers.reports import jobs as jobs_module
-from helpers.reports.jobs import find_notebook, finished, notebook_digest, plan
-from helpers.reports.prompts import LONGEST_LINE, Entry, read_entries
+from llama_reports import jobs as jobs_module
+from llama_reports.jobs import find_notebook, finished, notebook_digest, plan
+from llama_reports.prompts import LONGEST_LINE, Entry, read_entries
 
 SCHEMA = pyarrow.schema(
     [
@@ -294,7 +298,8 @@ BOMBS = {
 READ = """
 import resource
 import sys
-from helpers.reports.prompts import InputError, parse_entry, read_entries
+from pathlib import Path
+from llama_reports.prompts import InputError, parse_entry, read_entries
 
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000, -1))
@@ -540,6 +545,24 @@ def test_the_codes_version_changes_with_any_source(tmp_path, monkeypatch):
     seen.add(code_version())
     (tmp_path / "inner" / "__pycache__" / "a.pyc").write_text("3", encoding="utf-8")
     assert code_version() in seen and len(seen) == 3
+
+
+def test_the_codes_version_is_that_of_helpers_whatever_becomes_of_a_page(tmp_path, monkeypatch):
+    from helpers import provenance
+
+    for package in (helpers, llama_reports):
+        folder = Path(package.__file__).resolve().parent
+        shutil.copytree(folder, tmp_path / package.__name__)
+    assert Path(helpers.__file__).resolve().parent == provenance.SOURCES
+    ours = code_version()
+    monkeypatch.setattr(provenance, "SOURCES", tmp_path / "helpers")
+    assert code_version() == ours
+    with (tmp_path / "llama_reports" / "templates" / "style.css").open("a") as style:
+        style.write("p { color: red }")
+    assert code_version() == ours
+    with (tmp_path / "helpers" / "data" / "ground_truth.yml").open("a") as table:
+        table.write("# more")
+    assert code_version() != ours
 
 
 def test_finished_is_the_same_identity_and_no_error(planned, tmp_path):

@@ -1,4 +1,0 @@
-from helpers.reports.command import main
-
-if __name__ == "__main__":
-    main()
