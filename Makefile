@@ -18,7 +18,7 @@ help:
 	@echo "make figures  every notebook's figures as PNG and SVG in outputs/figures"
 	@echo "make bench    speed and accuracy beside other libraries, an hour and a half; benchmarks/results.md"
 	@echo "make evidence which method to believe, over 204 prompts, half an hour; can be interrupted"
-	@echo "make lint     ruff and codespell"
+	@echo "make lint     ruff, codespell and mypy"
 	@echo "make execute  run every notebook in place, as they are committed"
 	@echo "make lock     new requirements.lock and environment.yml from pyproject.toml"
 
@@ -45,6 +45,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	$(BIN)/mypy
 
 lab: model
 	$(BIN)/jupyter lab --notebook-dir=notebooks
