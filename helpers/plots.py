@@ -7,8 +7,10 @@ Tokens are drawn as text, never as markup.
 
 import io
 import unicodedata
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -32,10 +34,13 @@ _FONTS = [
     "Arial Unicode MS",
     "WenQuanYi Zen Hei",
 ]
+Labels = Sequence[str]
 _VISIBLE = {" ": "\N{OPEN BOX}", "\n": "↵", "\t": "⇥", "\r": "←"}
 
 
-def token_text(ax, labels, scores, *, signed=True, line_width=72):
+def token_text(
+    ax: Any, labels: Labels, scores: Any, *, signed: bool = True, line_width: int = 72
+) -> Any:
     """The prompt as running text, each token on a background that shows its score.
 
     ``labels`` holds seq strings and ``scores`` seq numbers. Up to 60 tokens also show the number;
@@ -68,7 +73,16 @@ def token_text(ax, labels, scores, *, signed=True, line_width=72):
     return ax
 
 
-def token_bars(ax, labels, scores, *, errors=None, signed=True, most=24, value="{:+.2f}"):
+def token_bars(
+    ax: Any,
+    labels: Labels,
+    scores: Any,
+    *,
+    errors: Any = None,
+    signed: bool = True,
+    most: int = 24,
+    value: str = "{:+.2f}",
+) -> Any:
     """One horizontal bar a token, in the order of the prompt, with its number.
 
     ``errors`` [seq], if given, are drawn as error bars to both sides.
@@ -99,7 +113,17 @@ def token_bars(ax, labels, scores, *, errors=None, signed=True, most=24, value="
     return ax
 
 
-def token_matrix(ax, labels, rows, names, *, signed=True, most=24, value="{:+.2f}", limit=None):
+def token_matrix(
+    ax: Any,
+    labels: Labels,
+    rows: Any,
+    names: Sequence[Any],
+    *,
+    signed: bool = True,
+    most: int = 24,
+    value: str = "{:+.2f}",
+    limit: float | None = None,
+) -> Any:
     """Rows of scores over the same tokens as a grid [len(names), seq] of coloured numbers.
 
     ``rows`` is an array [len(names), seq]. With more than ``most`` tokens, the columns are those
@@ -127,7 +151,7 @@ def token_matrix(ax, labels, rows, names, *, signed=True, most=24, value="{:+.2f
     return ax
 
 
-def readable(label):
+def readable(label: str) -> str:
     """A token as it can be drawn: its white space made visible, and no character a font lacks.
 
     A leading space becomes ``␣`` and a line break ``↵``. A control character, or one that no
@@ -136,13 +160,13 @@ def readable(label):
     return "".join(_VISIBLE.get(c) or (c if _drawable(c) else f"U+{ord(c):04X}") for c in label)
 
 
-def largest(scores, most):
+def largest(scores: Any, most: int) -> np.ndarray:
     """The positions of the ``most`` largest magnitudes, in order of position."""
     scores = np.abs(np.asarray(scores, dtype=float))
     return np.sort(np.argsort(-scores, kind="stable")[:most])
 
 
-def show_figure(fig, name, alt, folder=None):
+def show_figure(fig: Any, name: str, alt: str, folder: str | Path | None = None) -> None:
     """Show ``fig`` in the notebook with ``alt`` as its alternative text, and save it if wanted.
 
     With a ``folder`` it is also written there as ``name.png`` and ``name.svg``.
@@ -153,7 +177,7 @@ def show_figure(fig, name, alt, folder=None):
     display(Image(picture, format="png", alt=alt))
 
 
-def save_figure(fig, name, folder):
+def save_figure(fig: Any, name: str, folder: str | Path) -> tuple[Path, Path]:
     """Write ``fig`` as ``name.png`` and ``name.svg`` in ``folder``; returns the two paths.
 
     The same figure gives the same bytes: no date is stored in it.
