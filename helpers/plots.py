@@ -151,6 +151,27 @@ def token_matrix(
     return ax
 
 
+def shown_units(
+    units: Sequence[Any], rows: Any, template: bool = False, longest: int = 32
+) -> tuple[list[str], np.ndarray]:
+    """Labels and scores as figures show them: the chat template's units are one last column.
+
+    ``rows`` holds numbers [..., units]. The column ``(template)`` is the sum of all units whose
+    part is ``"template"``: hidden, never lost. ``template=True`` shows these one by one. A label of
+    more than ``longest`` characters is cut off.
+
+    Returns the labels and an array [..., columns].
+    """
+    rows = np.asarray(rows, dtype=float)
+    hidden = np.array([unit.part == "template" and not template for unit in units], dtype=bool)
+    labels = [unit.label for unit, gone in zip(units, hidden, strict=True) if not gone]
+    labels = [name if len(name) <= longest else f"{name[: longest - 1]}…" for name in labels]
+    if not hidden.any():
+        return labels, rows
+    summed = rows[..., hidden].sum(axis=-1, keepdims=True)
+    return [*labels, "(template)"], np.concatenate([rows[..., ~hidden], summed], axis=-1)
+
+
 def readable(label: str) -> str:
     """A token as it can be drawn: its white space made visible, and no character a font lacks.
 

@@ -5,17 +5,23 @@ import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from helpers.models import public_name, resolve_model, weights_digest
+from helpers.questions import Question
 
 PACKAGES = ["llama-notebooks", "torch", "transformers", "captum", "numpy"]
 SOURCES = Path(__file__).resolve().parent
 
 
-def provenance(model, question, *, model_name, seed=None):
+def provenance(
+    model: Any, question: Question, *, model_name: str, seed: int | None = None
+) -> dict[str, Any]:
     """What a result depends on, as a dict of plain values: model, weights, versions, settings, ids.
 
-    A model folder is named without the path to it, so no user name gets into a report.
+    It also holds what was found of the question before any method: the answer, the target's
+    probability, and the notes on what makes the question a weak one. A model folder is named
+    without the path to it, so no user name gets into a report.
     """
     return {
         "model": public_name(model_name),
@@ -24,22 +30,27 @@ def provenance(model, question, *, model_name, seed=None):
         "device": model.device.type,
         "attention_implementation": model.config._attn_implementation,
         "seed": seed,
-        "target_id": question.target,
+        "target_ids": None if question.target is None else list(question.target),
         "target": question.target_label,
-        "foil_id": question.foil,
+        "foil_ids": None if question.foil is None else list(question.foil),
         "foil": question.foil_label,
+        "answer": question.answer,
+        "probability": question.probability,
+        "notes": list(question.notes),
+        "objective": question.objective,
         "tokens": question.input_ids.shape[1],
+        "units": question.grouping,
         "python": platform.python_version(),
         **{name.replace("-", "_"): version(name) for name in PACKAGES},
     }
 
 
-def provenance_text(facts):
+def provenance_text(facts: dict[str, Any]) -> str:
     """The dict as indented JSON, as it is printed and saved."""
     return json.dumps(facts, indent=1, ensure_ascii=False)
 
 
-def model_digest(name):
+def model_digest(name: str | Path) -> str:
     """SHA-256 of all of a model that a result depends on, in hexadecimal.
 
     That is the weights, and the small files beside them: the configuration, the tokenizer and the
@@ -53,7 +64,7 @@ def model_digest(name):
     return digest.hexdigest()
 
 
-def code_version(sources=None):
+def code_version(sources: Path | None = None) -> str:
     """SHA-256 of the code that a result depends on, in hexadecimal.
 
     That is every source and table of ``helpers``, and the versions of the packages that do the
