@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 
-def serve(channel, model, dtype):
+def serve(channel: socket.socket, model: str | None, dtype: str) -> None:
     """Get ready, say so, and fork kernels until the other end of ``channel`` is closed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -64,7 +64,7 @@ def _get_ready(model, dtype):
     import pandas  # noqa: F401
     import seaborn  # noqa: F401
 
-    import helpers.answers
+    import helpers.attribution
     import helpers.faithfulness
     import helpers.ground_truth
     import helpers.patching

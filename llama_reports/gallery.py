@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import mode
+from typing import Any
 from urllib.parse import quote
 
 import matplotlib.pyplot as plt
@@ -30,18 +31,15 @@ from llama_reports.pages import THUMBNAIL, overview_page, shown, thumbnail
 CONTROL = "random"  # the method that knows nothing
 EVIDENCE = {
     "method": pa.string(),
-    "strongest token": pa.string(),
+    "strongest unit": pa.string(),
     "closed": pa.string(),
     **dict.fromkeys(["gap", "beats_random", "evidence_rank", "faithfulness"], pa.float64()),
     **dict.fromkeys(["seconds", "evaluations", "forwards"], pa.float64()),
 }
-SCORES = {
-    "prompt": pa.string(),
-    "position": pa.int64(),
-    "token": pa.string(),
-    "method": pa.string(),
-    "score": pa.float64(),
-}
+TEXTS, NUMBERS = ["prompt", "method", "part", "label"], ["output", "unit", "start", "end"]
+ORDER = ["prompt", "method", "output", "unit", "part", "start", "end", "label", "score", "error"]
+KINDS = dict.fromkeys(TEXTS, pa.string()) | dict.fromkeys(NUMBERS, pa.int64())
+SCORES = {name: KINDS.get(name, pa.float64()) for name in ORDER}
 LONGEST = 2000  # characters of a prompt or an error in the gallery; the report has all of them
 FEWEST = 5  # prompts for an interval: resampling fewer says too little about others
 
@@ -61,18 +59,18 @@ class Report:
     scores: pa.Table | None
 
     @property
-    def slug(self):
+    def slug(self) -> str:
         """The folder's name, whatever ``report.json`` says: it is what a link has to reach."""
         return self.folder.name.encode("utf-8", "replace").decode()
 
     @property
-    def weights(self):
+    def weights(self) -> tuple[str, str]:
         """``(dtype, digest)`` of the model, two empty texts where the report does not say."""
         known = self.provenance
         return (str(known.get("dtype") or ""), str(known.get("weights_sha256") or "")[:12])
 
 
-def write_index(out):
+def write_index(out: str | Path) -> Path:
     """Write ``index.html``, ``comparison.html`` and ``scores.parquet`` over the reports in ``out``.
 
     Each file is whole or absent, at any moment. A thumbnail that a report lacks is made. Folders
@@ -113,7 +111,7 @@ def _counts(reports):
 # --- reading report folders --------------------------------------------------------------------
 
 
-def read_reports(out):
+def read_reports(out: str | Path) -> tuple[list[Report], int]:
     """The report folders in ``out``, by name, and how many have a ``report.json`` but no report.
 
     A folder being written has a name with a dot and is no report yet.
@@ -164,11 +162,11 @@ def _read_csv(path, columns, needed):
 
 
 def _read_evidence(path):
-    return _read_csv(path, EVIDENCE, ["method", "strongest token", "closed"])
+    return _read_csv(path, EVIDENCE, ["method", "strongest unit", "closed"])
 
 
 def _read_scores(path):
-    return _read_csv(path, SCORES, SCORES)
+    return _read_csv(path, SCORES, [name for name in SCORES if name != "error"])
 
 
 def _together(reports, kind):
@@ -176,7 +174,7 @@ def _together(reports, kind):
     tables = [(r.slug, getattr(r, kind)) for r in reports if getattr(r, kind) is not None]
     if not tables:
         return None
-    return pa.concat_tables(t.append_column("slug", pa.repeat(slug, len(t))) for slug, t in tables)
+    return pa.concat_tables(t.add_column(0, "slug", pa.repeat(s, len(t))) for s, t in tables)
 
 
 # --- the gallery -------------------------------------------------------------------------------
@@ -185,7 +183,8 @@ def _together(reports, kind):
 def _row(report):
     """What the gallery shows of one report: plain values, nothing escaped yet."""
     known = report.provenance
-    lines = [] if report.evidence is None else _lines(report.evidence, known.get("tokens"))
+    units = None if report.scores is None else len(report.scores["unit"].unique())
+    lines = [] if report.evidence is None else _lines(report.evidence, units)
     unclosed = sum(line["closed"] == "NO" for line in lines)
     state = "failed" if report.error is not None else "not closed" if unclosed else "done"
     return {
@@ -197,7 +196,7 @@ def _row(report):
         "unclosed": unclosed,
         "target": _text(known.get("target")),
         "foil": _text(known.get("foil")),
-        "probability": _share(known.get("target_probability")),
+        "probability": _share(known.get("probability")),
         "notebook": report.notebook,
         "model": report.model,
         "seconds": report.seconds,
@@ -206,17 +205,17 @@ def _row(report):
     }
 
 
-def _lines(evidence, tokens):
+def _lines(evidence, units):
     """One line a method, the control left out: what it found, and what that is worth."""
     return [
         {
             "method": row["method"],
-            "token": row["strongest token"],
+            "unit": row["strongest unit"],
             "beats": _share(row["beats_random"]),
             "gap": _finite(row["gap"]),
             "closed": row["closed"],
             "place": _finite(row["evidence_rank"]),
-            "tokens": tokens if isinstance(tokens, int) else None,
+            "units": units,
             "seconds": _finite(row["seconds"]),
         }
         for row in evidence.to_pylist()
@@ -260,7 +259,7 @@ def _share(value):
 # --- the comparison ----------------------------------------------------------------------------
 
 
-def compare(reports):
+def compare(reports: list[Report]) -> list[dict]:
     """The methods side by side, one section a model: a list of dicts for the comparison page.
 
     Reports of different models, weights or dtypes are never averaged. Reports that ask about the
@@ -352,18 +351,18 @@ def _method_rows(evidence):
     return sorted(rows, key=lambda row: (row["method"] == CONTROL, -best[row["method"]]))
 
 
-def agreement(scores):
-    """How alike two methods order the tokens, over prompts: ``{(method, method): measure}``.
+def agreement(scores: pd.DataFrame) -> dict[tuple[str, str], dict]:
+    """How alike two methods order the units, over prompts: ``{(method, method): measure}``.
 
     ``scores`` is a DataFrame with the columns of ``scores.parquet``. The measure is Spearman's
-    correlation of the magnitudes of the scores within a prompt, as ``rank_correlation`` of
-    ``helpers.faithfulness`` has it, then its mean over prompts (see ``compare``). Prompts of fewer
-    than three tokens, and methods that score all tokens alike, have none.
+    correlation of the magnitudes of the scores within a prompt, summed over the explained tokens,
+    as ``rank_correlation`` of ``helpers.faithfulness`` has it, then its mean over prompts (see
+    ``compare``). Prompts of fewer than three units, and methods that score all units alike, have
+    none.
     """
-    places = ["slug", "position"]
-    scores = scores.drop_duplicates([*places, "method"])
+    scores = scores.drop_duplicates(["slug", "method", "output", "unit"])
     prompts = scores.groupby("slug")["prompt"].first()
-    wide = scores.pivot(index=places, columns="method", values="score").abs()
+    wide = scores.pivot_table("score", ["slug", "unit"], "method", "sum").abs()
     ranks = wide.groupby(level="slug").rank()
     methods = list(wide.columns)
     matrices = {}  # slug: [methods, methods]
@@ -411,7 +410,7 @@ def _draw_gaps(out, sections):
         }
 
 
-def gap_boxes(ax, gaps, smallest=1e-4):
+def gap_boxes(ax: Any, gaps: dict[str, np.ndarray], smallest: float = 1e-4) -> Any:
     """``{method: gaps [reports]}`` as one box and a strip of points a method, on a log axis.
 
     Gaps below ``smallest`` are drawn there. The dashed line is the 2 % that a method has to reach

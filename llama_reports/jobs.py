@@ -3,9 +3,11 @@
 import hashlib
 import json
 from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import numpy as np
@@ -15,25 +17,27 @@ from slugify import slugify
 from helpers.errors import InputError
 from helpers.models import BUNDLED, load_tokenizer, public_name, resolve_model
 from helpers.provenance import code_version, model_digest
-from helpers.questions import check_question
+from helpers.questions import ANSWER, read_question
 from llama_reports.files import read_mapping
-from llama_reports.prompts import is_reserved, parse_entry, read_entries
+from llama_reports.prompts import Entry, Row, is_reserved, parse_entry, read_entries
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 DEFAULT_NOTEBOOK = "08_comparison"
 TOLD = 20  # bad entries that are named; the rest is counted
 DIGITS = (0, 6, 16, 32)  # of a question's digest in a folder's name
 SETTINGS = ("model_name", "dtype", "output_dir")  # parameters that are not part of the question
+ASKED = ("target", "foil", "units", "sources", "chat", "raw")  # as a notebook and `ask` call them
 
 
 @dataclass(frozen=True)
 class Job:
     """An entry that has passed every check: what to run, and the folder it goes to.
 
-    ``question`` is the digest of what is asked: prompt, target, foil, chat, evidence, methods and
-    notebook. ``identity`` is that of what answers it too: all parameters, the notebook's cells,
-    the model and the code; two reports of the same identity say the same. Both are SHA-256 in
-    hexadecimal. ``tokens`` is the length of the prompt.
+    ``prompt`` is the text that people read; messages are ``role: text``, a line each. ``question``
+    is the digest of what is asked: all that an entry says but its id. ``identity`` is that of what
+    answers the question too: all parameters, the notebook's cells, the model and the code; two
+    reports of the same identity say the same. Both are SHA-256 in hexadecimal. ``tokens`` is the
+    length of what is read.
     """
 
     slug: str
@@ -44,15 +48,21 @@ class Job:
     question: str
     tokens: int
 
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The question as the keywords of ``helpers.ask``."""
+        return asked(self.parameters)
+
 
 class Plan:
     """The jobs of a prompts file that has been checked, in the order of the file; see ``plan``.
 
     Iterating reads the file again and makes one ``Job`` at a time, so what is held of a prompt is
-    a few numbers. ``tokens`` uint32 [jobs] are the lengths of the prompts, and ``kinds`` uint16
-    [jobs] says which of ``asked``, a list of ``(notebook, methods)``, each one is; no methods are
-    the notebook's own choice. ``replaced`` counts reports in ``out`` whose id now stands for
-    another question.
+    a few numbers, one array [jobs] of each: ``tokens`` are the lengths of what is read, ``units``
+    the scores of a method, ``outputs`` the tokens explained (at most, where the model is to
+    answer), and ``kinds`` says which of ``asked``, a list of ``(notebook, methods)``, each job is;
+    no methods are the notebook's own choice. ``replaced`` counts reports in ``out`` whose id now
+    stands for another question.
 
     Iterating raises ``InputError`` if the file is no longer the one that was checked.
     """
@@ -66,22 +76,31 @@ class Plan:
         self._takes = cache(lambda source: set(papermill.inspect_notebook(literal(source))))
         self._given = {"model_name": _model_parameter(model), "dtype": dtype, "output_dir": "."}
         self._by = [public_name(model), model_digest(model), code_version()]
-        self._tokens, self._kinds = array("I"), array("H")
-        self._questions, self._levels = array("Q"), array("B")  # shortened digests; see _name
+        # shortened digests of questions, and the levels of names; see _name
+        self._questions, self._levels = array("Q"), array("B")
+        self._sizes, self._kinds = array("I"), array("H")
         _require_prompt(self._notebook, self._takes(self._notebook))
 
     @property
-    def tokens(self):
-        return np.array(self._tokens, np.uint32)
+    def tokens(self) -> np.ndarray:
+        return np.array(self._sizes[::3], np.uint32)
 
     @property
-    def kinds(self):
+    def units(self) -> np.ndarray:
+        return np.array(self._sizes[1::3], np.uint32)
+
+    @property
+    def outputs(self) -> np.ndarray:
+        return np.array(self._sizes[2::3], np.uint32)
+
+    @property
+    def kinds(self) -> np.ndarray:
         return np.array(self._kinds, np.uint16)
 
-    def __len__(self):
-        return len(self._tokens)
+    def __len__(self) -> int:
+        return len(self._kinds)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Job]:
         changed = InputError(f"{self.path} has changed since it was checked: start again.")
         read = 0
         for row in read_entries(self.path):
@@ -95,18 +114,18 @@ class Plan:
             level = self._levels[read]
             yield Job(
                 slug=_name(entry, question, level) if self._folders else entry.id or "",
-                prompt=entry.prompt,
+                prompt=entry.text,
                 notebook=source,
                 parameters=parameters,
                 identity=_digest_of([question, self.dtype, self._digest(source), *self._by]),
                 question=question,
-                tokens=self._tokens[read],
+                tokens=self._sizes[3 * read],
             )
             read += 1
         if read < len(self):
             raise changed
 
-    def _ask(self, row):
+    def _ask(self, row: Row) -> tuple[Entry, Path, dict]:
         """``(entry, notebook, parameters)`` of a row, or ``InputError``."""
         if row.problem is not None:
             raise row.problem
@@ -118,15 +137,15 @@ class Plan:
 
 
 def plan(
-    path,
+    path: str | Path,
     *,
-    model=BUNDLED,
-    notebook=DEFAULT_NOTEBOOK,
-    methods=(),
-    dtype="float32",
-    out=None,
-    folders=True,
-):
+    model: str | Path = BUNDLED,
+    notebook: str | Path = DEFAULT_NOTEBOOK,
+    methods: Sequence[str] = (),
+    dtype: str = "float32",
+    out: str | Path | None = None,
+    folders: bool = True,
+) -> Plan:
     """The jobs that a prompts file asks for, all of them checked before any is run: a ``Plan``.
 
     Every entry is checked for its keys, against the tokenizer and context of ``model``, and
@@ -140,7 +159,7 @@ def plan(
     """
     jobs = Plan(path, model=model, notebook=notebook, methods=methods, dtype=dtype, folders=folders)
     tokenizer = load_tokenizer(model)
-    context = _context(model)
+    context, vocabulary = _limits(model)
     taken = _Folders(out) if folders else None
     seen, kinds = {}, {}  # shortened question: line; notebook and methods: number
     problems, bad, count = [], 0, 0
@@ -148,14 +167,15 @@ def plan(
         count += 1
         try:
             entry, source, parameters = jobs._ask(row)
-            input_ids, _, _ = check_question(
-                tokenizer,
-                entry.prompt,
-                target=entry.target,
-                foil=entry.foil,
-                chat=entry.chat,
-                context=context,
+            read = read_question(
+                tokenizer, **asked(parameters), context=context, vocabulary=vocabulary
             )
+            if entry.evidence is not None and not read.places(entry.evidence):
+                raise InputError(
+                    f"The evidence {entry.evidence!r} is not a whole word of the prompt: write it "
+                    "as it stands there.",
+                    field="evidence",
+                )
             question = _digest_of(_question(parameters, source))
             short = _short(question)
             if short in seen:
@@ -169,7 +189,9 @@ def plan(
         seen[short] = row.at
         jobs._questions.append(short)
         jobs._levels.append(level)
-        jobs._tokens.append(len(input_ids))
+        more = max(1, parameters.get("answer", 1)) - 1  # tokens that the model is yet to write
+        outputs = len(read.target or (0,)) + more + max(0, len(read.foil or ()) - 1)
+        jobs._sizes.extend((read.input_ids.shape[1], len(read.units) + more, outputs))
         kind = source, frozenset(parameters.get("methods", ()))
         jobs._kinds.append(kinds.setdefault(kind, len(kinds)))
     if problems:
@@ -183,13 +205,13 @@ def plan(
     return jobs
 
 
-def finished(job, out):
+def finished(job: Job, out: str | Path) -> bool:
     """True if ``out`` holds the report of this very job: the same identity, and no error."""
     facts = _facts(Path(out) / job.slug)
     return bool(facts) and facts.get("identity") == job.identity and facts.get("error") is None
 
 
-def find_notebook(name):
+def find_notebook(name: str) -> Path:
     """The path of a notebook of this collection; all that a prompts file may name.
 
     A prompts file is data, and must not choose by a path what code is run.
@@ -203,7 +225,7 @@ def find_notebook(name):
     return NOTEBOOKS / f"{name}.ipynb"
 
 
-def notebook_path(given):
+def notebook_path(given: str | Path) -> Path:
     """The path of a notebook of this collection by name, or of any notebook by path to it."""
     path = Path(given)
     if path.suffix == ".ipynb" and path.is_file():
@@ -211,7 +233,7 @@ def notebook_path(given):
     return find_notebook(str(given))
 
 
-def notebook_digest(path):
+def notebook_digest(path: str | Path) -> str:
     """SHA-256 of what a notebook does, in hexadecimal: its cells' sources, types and tags.
 
     Outputs and counts do not matter. Raises ``InputError`` for a file that is no notebook.
@@ -223,7 +245,7 @@ def notebook_digest(path):
     return _digest_of([[c.cell_type, c.source, c.metadata.get("tags", [])] for c in cells])
 
 
-def literal(path):
+def literal(path: str | Path) -> str:
     """A path as papermill takes it: it fills ``{name}`` in paths, so braces are doubled."""
     return str(path).replace("{", "{{").replace("}", "}}")
 
@@ -234,20 +256,25 @@ def literal(path):
 def _parameters(entry, notebook, takes, methods):
     """What of an entry papermill passes to ``notebook``, which ``takes`` these parameters."""
     _require_prompt(notebook, takes)
-    wanted = {
-        "target": entry.target,
-        "foil": entry.foil,
-        "chat": entry.chat,
-        "evidence": entry.evidence,
-        "methods": entry.methods or methods,
-    }
-    given = {name: value for name, value in wanted.items() if value}
+    answer = ANSWER if entry.answer is True else entry.answer
+    wanted = {name: getattr(entry, name) for name in ("prompt", "messages", *ASKED, "evidence")}
+    wanted |= {"answer_text" if isinstance(answer, str) else "answer": answer}
+    wanted |= {"methods": entry.methods or methods}
+    given = {n: v for n, v in wanted.items() if v is not None and v is not False and v != []}
     for name in given:
         if name not in takes:
+            field = name.removesuffix("_text")
             raise InputError(
-                f"The notebook {notebook.stem} has no parameter {name!r}: drop it.", field=name
+                f"The notebook {notebook.stem} has no parameter {name!r}: drop it.", field=field
             )
-    return {"prompt": entry.prompt, **given}
+    return given
+
+
+def asked(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a notebook that are its question, as the keywords of ``helpers.ask``."""
+    given = {name: parameters[name] for name in ASKED if name in parameters}
+    answer = parameters.get("answer_text", parameters.get("answer"))
+    return {"prompt": parameters.get("messages") or parameters["prompt"], "answer": answer, **given}
 
 
 def _require_prompt(notebook, takes):
@@ -261,10 +288,11 @@ def _model_parameter(model):
     return str(folder.resolve()) if folder.is_dir() else str(model)
 
 
-def _context(model):
-    """The most tokens that ``model`` reads, or ``None`` if it does not say."""
+def _limits(model):
+    """The most tokens that ``model`` reads, and how many it knows; ``None`` where it is silent."""
     config = json.loads((resolve_model(model) / "config.json").read_text(encoding="utf-8"))
-    return config.get("text_config", config).get("max_position_embeddings")
+    config = config.get("text_config", config)
+    return config.get("max_position_embeddings"), config.get("vocab_size")
 
 
 # --- digests and names -------------------------------------------------------------------------
@@ -290,7 +318,7 @@ def _name(entry, question, level):
     """A folder's name, which reads like the prompt; at a higher ``level`` with more of a digest."""
     if entry.id is not None:
         return entry.id
-    words = slugify(entry.prompt[:300], max_length=60, word_boundary=True)
+    words = slugify(entry.title[:300], max_length=60, word_boundary=True)
     return f"{words or 'prompt'}-{question[: DIGITS[level]]}" if level else words
 
 
@@ -314,23 +342,23 @@ class _Folders:
             short = _short(hashlib.sha256(name.encode()).hexdigest())
             if entry.id is not None:
                 self._check_id(entry, question, short, row)
-            elif not self._is_free(name, short, entry, question):
+            elif not self._is_free(name, short, question):
                 continue
             self.taken[short] = row.at
             return level
         raise InputError("Its folder's name is taken at every length: give it an id.")
 
-    def _is_free(self, name, short, entry, question):
+    def _is_free(self, name, short, question):
         if not name or is_reserved(name) or short in self.taken:
             return False
-        return name not in self.there or self._is_own(name, entry, question)
+        return name not in self.there or self._is_own(name, question)
 
     def _check_id(self, entry, question, short, row):
         if short in self.taken:
             first = f"{row.unit} {self.taken[short]}"
             raise InputError(f"Its id {entry.id!r} is that of {first}: choose another.", field="id")
         name = entry.id.lower()
-        if name not in self.there or self._is_own(name, entry, question):
+        if name not in self.there or self._is_own(name, question):
             return
         if not _facts(self.there[name]):
             raise InputError(
@@ -342,12 +370,7 @@ class _Folders:
 
     def _is_own(self, name, entry, question):
         """True if the report of that name answers this question."""
-        facts = _facts(self.there[name])
-        if not facts:
-            return False
-        if "question" in facts:
-            return facts["question"] == question
-        return facts.get("prompt") == entry.prompt  # written before questions had digests
+        return _facts(self.there[name]).get("question") == question
 
 
 def _facts(folder):

@@ -10,46 +10,200 @@ import itertools
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pyarrow
 import pyarrow.parquet
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 from yaml.composer import Composer
 
 from helpers.attribution import METHODS
 from helpers.errors import InputError
+from helpers.prompts import check_messages
 
 LONGEST_LINE = 2**24  # bytes
-MOST_NODES = 1000  # of a YAML entry: keys, values and what an alias repeats
+MOST_NODES = 10_000  # of a YAML entry: keys, values and what an alias repeats
 _SLUG = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,78}[A-Za-z0-9_-])?")
 # what an output folder holds beside reports, and what Windows keeps for its devices
 _RESERVED = re.compile(
     r"index\.html|comparison\.html|scores|scores\.parquet|evidence|prompts|figures"
     r"|(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?"
 )
-_ABSENT, _UNTEXT = object(), re.compile("[\x00\ud800-\udfff]")
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_UNTEXT = re.compile("[\x00\ud800-\udfff]")
 
-ShortStr = Annotated[str, Field(strict=True, max_length=1000)]
+
+# --- an entry ----------------------------------------------------------------------------------
+
+
+def _as_text(value):
+    """A text, or a number as it was written; ``InputError`` for anything else."""
+    if isinstance(value, int | Decimal) and not isinstance(value, bool) and "E" not in str(value):
+        value = str(value)  # a Decimal writes 1e5 as 1E+5
+    if not isinstance(value, str):
+        raise InputError(f"{str(value)[:40]} is no text here: put it in quotes.")
+    found = _UNTEXT.search(value)
+    if found:
+        what = "a NUL character" if found[0] == "\0" else "half of a surrogate pair"
+        raise InputError(f"The text has {what} in it: save it as UTF-8 again.")
+    return value
+
+
+def _as_answer(value):
+    return value if isinstance(value, bool | int) else _as_text(value)
+
+
+def _as_list(value):
+    """What a list or, in a cell, JSON text of one says."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return _json(value)
+    except (json.JSONDecodeError, RecursionError):
+        raise InputError("It is no list: write one, in a cell as JSON text.") from None
+
+
+def _as_messages(value):
+    messages = check_messages(_as_list(value))
+    for message in messages:
+        _as_text(message["content"])
+    return messages
+
+
+def _as_names(value):
+    return value.replace(",", " ").split() if isinstance(value, str) else value
+
+
+def check_method(name: str) -> str:
+    """``name`` if it is a method; ``InputError`` if there is none of that name."""
+    if name not in METHODS:
+        raise InputError(
+            f"There is no method {name!r}: choose from {', '.join(METHODS)}.", field="methods"
+        )
+    return name
+
+
+def _check_id(name):
+    if not _SLUG.fullmatch(name):
+        raise InputError(
+            f"The id {name!r} cannot name a folder: use up to 80 letters, digits, '.', '_' and "
+            "'-', begin with a letter or digit and do not end with '.'."
+        )
+    if is_reserved(name):
+        raise InputError(
+            f"The id {name!r} cannot name a folder, since the name is in use: choose another."
+        )
+    return name
+
+
+def is_reserved(name: str) -> bool:
+    """True for a folder name that a report must not take, whatever its case."""
+    return name.startswith(".") or bool(_RESERVED.fullmatch(name.lower()))
+
+
+Text = Annotated[str, BeforeValidator(_as_text)]
+ShortText = Annotated[Text, Field(max_length=1000)]
 
 
 class Entry(BaseModel):
-    """One entry of a prompts file. A plain string stands for ``{prompt: that string}``."""
+    """One entry of a prompts file. A plain string stands for ``{prompt: that string}``.
+
+    What the keys mean is said in docs/reports.md. Whether a tokenizer can read them is left to
+    ``helpers.questions.read_question``.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: StrictStr
-    id: ShortStr | None = None
-    target: ShortStr | None = None
-    foil: ShortStr | None = None
-    chat: StrictBool = False
-    evidence: ShortStr | None = None
-    methods: list[ShortStr] | None = None
-    notebook: ShortStr | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[dict[str, str]], BeforeValidator(_as_messages)] | None = None
+    id: Annotated[Text, AfterValidator(_check_id)] | None = None
+    target: Text | None = None
+    foil: Text | None = None
+    answer: Annotated[bool | int | str, PlainValidator(_as_answer)] | None = None
+    sources: Annotated[list[Text], BeforeValidator(_as_list)] | None = None
+    units: ShortText | None = None
+    chat: bool = False
+    raw: bool = False
+    evidence: ShortText | None = None
+    methods: (
+        Annotated[
+            list[Annotated[ShortText, AfterValidator(check_method)]], BeforeValidator(_as_names)
+        ]
+        | None
+    ) = None
+    notebook: ShortText | None = None
+
+    @model_validator(mode="after")
+    def _check_prompt(self):
+        if self.prompt is None and self.messages is None:
+            raise InputError("The key 'prompt' is missing: write it, or messages.", field="prompt")
+        if self.prompt is not None and self.messages is not None:
+            raise InputError("It has a prompt and messages: keep one of them.", field="messages")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The prompt as people read it: messages as ``role: text``, a line each."""
+        if self.messages is None:
+            return self.prompt
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
+
+    @property
+    def title(self) -> str:
+        """What a folder is named by: the prompt, or the last that the user says."""
+        said = [m["content"] for m in self.messages or () if m["role"] == "user"]
+        return said[-1] if said else self.prompt
+
+
+def parse_entry(raw: Any, kind: str = "YAML") -> Entry:
+    """The entry behind what a file holds, or an ``InputError`` that says what is wrong.
+
+    ``kind`` is the format, for messages. A line of a file for OpenAI's batches is read by its
+    ``custom_id`` and ``body``.
+    """
+    if isinstance(raw, str):
+        raw = {"prompt": raw}
+    if not isinstance(raw, dict):
+        raise InputError(
+            f"An entry is text or a mapping, and {kind} reads this as {type(raw).__name__}: put "
+            "the prompt in quotes."
+        )
+    if isinstance(raw.get("body"), dict):
+        raw = {"id": raw.get("custom_id"), "messages": raw["body"].get("messages")}
+    try:
+        return Entry.model_validate(raw)
+    except ValidationError as error:
+        raise _told(error.errors(include_url=False, include_input=False)[0]) from None
+
+
+def _told(problem):
+    """pydantic's first complaint as ours."""
+    field, *index = [str(part) for part in problem["loc"]] or [None]
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join(Entry.model_fields)
+        return InputError(f"The key {field[:80]!r} is unknown: use {known}.")
+    if problem["type"] == "value_error":
+        error = problem["ctx"]["error"]
+        said, field = str(error), field or error.field
+    else:
+        said = f"The value of {field!r} will not do: {problem['msg'].lower()}."
+    return InputError(f"Number {index[0]}: {said}" if index else said, field=field)
+
+
+# --- a file ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +221,19 @@ class Row:
     problem: InputError | None = None
 
     @property
-    def kind(self):
-        return KINDS[Path(self.file).suffix.lower()]
+    def kind(self) -> str:
+        return FORMATS[Path(self.file).suffix.lower()][0]
 
     @property
-    def unit(self):
+    def unit(self) -> str:
         return "row" if self.line is None else "line"
 
     @property
-    def at(self):
+    def at(self) -> int:
         """The line, or the row of a Parquet file."""
         return self.line or self.number
 
-    def place(self, field=None):
+    def place(self, field: str | None = None) -> str:
         """Where it stands in words: ``prompts.csv, line 4, row 3, column 'target'``."""
         suffix = Path(self.file).suffix.lower()
         parts = [self.file, f"{self.unit} {self.at}"]
@@ -95,7 +249,7 @@ class Row:
         return ", ".join(parts)
 
 
-def read_entries(path):
+def read_entries(path: str | Path) -> Iterator[Row]:
     """Every ``Row`` of a YAML, CSV, JSON Lines or Parquet file, read as it is asked for.
 
     An entry that cannot be read is a row with a ``problem``, and the next one follows. Raises
@@ -116,13 +270,13 @@ def read_entries(path):
             f"{path} is of no kind that is known: prompts are YAML (.yml, .yaml), CSV (.csv), "
             "JSON Lines (.jsonl, .ndjson) or Parquet (.parquet)."
         )
-    rows = _until_unreadable(path, FORMATS[suffix])
+    rows = _until_unreadable(path, FORMATS[suffix][1])
     first = next(rows, None)  # so that a file that is none of these is refused at once
     if first is None:
         example = '- "The capital city of Latvia is"'
         raise InputError(
             f"{path} must be a YAML list with at least one prompt, such as:\n{example}"
-            if FORMATS[suffix] is _read_yaml
+            if FORMATS[suffix][0] == "YAML"
             else f"{path} holds no prompt: write at least one."
         )
     return itertools.chain([first], rows)
@@ -134,7 +288,7 @@ def _until_unreadable(path, read):
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
-        line = _first_line(path, _is_not_utf8)
+        line = _first_line(path, lambda line: line.decode("utf-8", "ignore").encode() != line)
         raise InputError(f"{path}, line {line}: this is not UTF-8: save it as UTF-8.") from error
 
 
@@ -144,86 +298,22 @@ def _first_line(path, is_bad):
         return next((number for number, line in enumerate(stream, 1) if is_bad(line)), 1)
 
 
-def _is_not_utf8(line):
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError:
-        return True
-    return False
-
-
-def parse_entry(raw, kind="YAML"):
-    """The entry behind what a file holds, or an ``InputError`` that says what is wrong.
-
-    ``kind`` is the format, for messages.
-    """
-    if isinstance(raw, str):
-        raw = {"prompt": raw}
-    if not isinstance(raw, dict):
-        raise InputError(
-            f"An entry is text or a mapping, and {kind} reads this as {type(raw).__name__}: put "
-            "the prompt in quotes."
-        )
-    try:
-        entry = Entry.model_validate(raw)
-    except ValidationError as error:
-        raise _told(error.errors(include_url=False, include_input=False)[0]) from None
-    for field in ("prompt", "id", "target", "foil", "evidence", "notebook"):
-        found = _UNTEXT.search(getattr(entry, field) or "")
-        if found:
-            what = "a NUL character" if found[0] == "\0" else "half of a surrogate pair"
-            raise InputError(f"The {field} has {what} in it: save it as UTF-8 again.", field=field)
-    for method in entry.methods or []:
-        check_method(method)
-    if entry.evidence is not None and entry.evidence.strip() not in entry.prompt:
-        raise InputError(
-            f"The evidence {entry.evidence!r} is not in the prompt: write it as it stands there.",
-            field="evidence",
-        )
-    if entry.id is not None and not _SLUG.fullmatch(entry.id):
-        raise InputError(
-            f"The id {entry.id!r} cannot name a folder: use up to 80 letters, digits, '.', '_' and "
-            "'-', begin with a letter or digit and do not end with '.'.",
-            field="id",
-        )
-    if entry.id is not None and is_reserved(entry.id):
-        raise InputError(
-            f"The id {entry.id!r} cannot name a folder, since the name is in use: choose another.",
-            field="id",
-        )
-    return entry
-
-
-def _told(problem):
-    """pydantic's first complaint as ours."""
-    field = str(problem["loc"][0])
-    if problem["type"] == "missing":
-        return InputError(f"The key {field!r} is missing.", field=field)
-    if problem["type"] == "extra_forbidden":
-        known = ", ".join(Entry.model_fields)
-        return InputError(f"The key {field[:80]!r} is unknown: use {known}.")
-    return InputError(f"The value of {field!r} will not do: {problem['msg'].lower()}.", field=field)
-
-
-def check_method(method):
-    if method not in METHODS:
-        raise InputError(
-            f"There is no method {method!r}: choose from {', '.join(METHODS)}.", field="methods"
-        )
-
-
-def is_reserved(name):
-    """True for a folder name that a report must not take, whatever its case."""
-    return name.startswith(".") or bool(_RESERVED.fullmatch(name.lower()))
-
-
 # --- YAML --------------------------------------------------------------------------------------
 
+_NUMBERS = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")}
 
-class _Nodes:
-    """Counts the nodes that are composed, so that one entry cannot fill the memory."""
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader), Composer):
+    """libyaml's parser, ten times as fast, under the composer that goes node by node.
+
+    It counts the nodes that are composed, so that one entry cannot fill the memory.
+    """
 
     composed = 0
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        Composer.__init__(self)
 
     def compose_node(self, parent, index):
         self.composed += 1
@@ -232,22 +322,7 @@ class _Nodes:
             raise yaml.MarkedYAMLError(
                 problem=f"an entry of more than {MOST_NODES:,} parts", problem_mark=mark
             )
-        return super().compose_node(parent, index)
-
-
-if yaml.__with_libyaml__:
-
-    class _Loader(_Nodes, Composer, yaml.CSafeLoader):
-        """libyaml's parser, ten times as fast, under the composer that goes node by node."""
-
-        def __init__(self, stream):
-            yaml.CSafeLoader.__init__(self, stream)
-            Composer.__init__(self)
-
-else:
-
-    class _Loader(_Nodes, yaml.SafeLoader):
-        pass
+        return Composer.compose_node(self, parent, index)
 
 
 def _read_yaml(path):
@@ -307,6 +382,9 @@ def _yaml_row(path, loader, node, number, line):
             raise InputError(f"It has more than {MOST_NODES:,} parts: an entry is one prompt.")
         if isinstance(node, yaml.MappingNode):
             _refuse_twice(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            for key, value in node.value:
+                if key.value != "answer" and value.tag in _NUMBERS:
+                    value.tag = "tag:yaml.org,2002:str"  # 0x10 and 1_000 as they are written
         return Row(path.name, number, line, loader.construct_document(node))
     except InputError as error:
         return Row(path.name, number, line, problem=error)
@@ -393,15 +471,16 @@ def _read_csv(path):
         if header is None:
             return
         _check_header(f"{path}, line {reader.line_num}", header)
-        number = 0
-        while True:
-            line = reader.line_num + 1
-            cells, problem = _next_cells(reader)
-            if cells is _ABSENT:
-                return
+        number, cells = 0, header
+        while cells is not None:
+            line, problem = reader.line_num + 1, None
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                problem = InputError(f"This is not CSV ({error}): mind the quotes.")
             problem = lines.take_problem() or problem
             if not cells and problem is None:
-                continue  # an empty line
+                continue  # an empty line, or the end
             number += 1
             if problem is None and len(cells) != len(header):
                 problem = InputError(
@@ -410,13 +489,6 @@ def _read_csv(path):
                 )
             raw = None if problem else _from_cells(header, cells)
             yield Row(path.name, number, line, raw, problem)
-
-
-def _next_cells(reader):
-    try:
-        return next(reader, _ABSENT), None
-    except csv.Error as error:
-        return None, InputError(f"This is not CSV ({error}): mind the quotes.")
 
 
 def _check_header(where, names):
@@ -428,17 +500,18 @@ def _check_header(where, names):
             )
     if len(set(names)) < len(names):
         raise InputError(f"{where}: a column is there twice: {', '.join(names)}.")
-    if "prompt" not in names:
+    if not {"prompt", "messages"} & set(names):
         raise InputError(f"{where}: the column 'prompt' is missing.")
 
 
 def _from_cells(header, cells):
     """What the cells of a CSV row, which are all text, mean; an empty one means not given."""
-    raw = {name: cell for name, cell in zip(header, cells, strict=True) if cell or name == "prompt"}
-    if "chat" in raw:
-        raw["chat"] = _TRUTH.get(raw["chat"].strip().lower(), raw["chat"])
-    if "methods" in raw:
-        raw["methods"] = raw["methods"].replace(",", " ").split()
+    raw = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+    answer = raw.get("answer", "").lower()
+    if answer in ("true", "false"):
+        raw["answer"] = answer == "true"
+    elif answer.isdecimal() and len(answer) < 10:
+        raw["answer"] = int(answer)
     return raw
 
 
@@ -452,7 +525,7 @@ def _read_jsonl(path):
             number += 1
             raw = None
             try:
-                raw = None if problem else json.loads(text, object_pairs_hook=_object)
+                raw = None if problem else _json(text)
             except InputError as error:
                 problem = error
             except json.JSONDecodeError as error:
@@ -460,6 +533,10 @@ def _read_jsonl(path):
             except (ValueError, RecursionError):
                 problem = InputError("This is no text or object: an entry is one of them.")
             yield Row(path.name, number, line, raw, problem)
+
+
+def _json(text):
+    return json.loads(text, object_pairs_hook=_object, parse_float=Decimal)
 
 
 def _object(pairs):
@@ -500,19 +577,11 @@ def _parquet_row(name, number, columns, index):
     return Row(name, number, None, raw)
 
 
-KINDS = {
-    ".yml": "YAML",
-    ".yaml": "YAML",
-    ".csv": "CSV",
-    ".jsonl": "JSON",
-    ".ndjson": "JSON",
-    ".parquet": "Parquet",
-}
 FORMATS = {
-    ".yml": _read_yaml,
-    ".yaml": _read_yaml,
-    ".csv": _read_csv,
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".parquet": _read_parquet,
+    ".yml": ("YAML", _read_yaml),
+    ".yaml": ("YAML", _read_yaml),
+    ".csv": ("CSV", _read_csv),
+    ".jsonl": ("JSON", _read_jsonl),
+    ".ndjson": ("JSON", _read_jsonl),
+    ".parquet": ("Parquet", _read_parquet),
 }
