@@ -6,15 +6,17 @@ user are tokenised so that no control token can come of them.
 """
 
 import json
-from bisect import bisect_right
-from collections.abc import Sequence
+import re
+import secrets
+import unicodedata
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-import jinja2
-from icu4py.breakers import SentenceBreaker, WordBreaker
+from icu4py.breakers import CharacterBreaker, SentenceBreaker, WordBreaker
 from tokenizers import Tokenizer
 
 from helpers.errors import InputError
@@ -45,7 +47,9 @@ class Prompt:
 
     ``parts[i]`` is one of ``PARTS``. ``own`` lists the stretches ``(begin, end, part)`` of the
     text that somebody wrote, as opposed to the template. A token that stands for no text, such as
-    the beginning-of-text token, has an empty span and belongs to the template.
+    the beginning-of-text token, has an empty span and belongs to the template. ``typed`` are
+    control tokens that somebody wrote and that were read as text; ``segments`` are the pieces of
+    the text, each with its part.
     """
 
     text: str
@@ -54,6 +58,8 @@ class Prompt:
     parts: list[str]
     labels: list[str]
     own: list[tuple[int, int, str]]
+    typed: tuple[str, ...] = ()
+    segments: Sequence[tuple[str, str]] = ()
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -95,11 +101,14 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise InputError(f"{here} needs the keys role and content.", field="messages")
         role, content = message["role"], message["content"]
+        for key in ("tool_calls", "function_call"):
+            if message.get(key):
+                raise InputError(f"{here} has {key}: only text can be read.", field="messages")
         if role not in ROLES:
             raise InputError(
                 f"{here} has the role {str(role)[:40]!r}: use {', '.join(ROLES)}.", field="messages"
             )
-        if isinstance(content, list):  # the form in which other interfaces send text
+        if isinstance(content, list | tuple):  # the form in which other interfaces send text
             texts = [part.get("text") if isinstance(part, dict) else None for part in content]
             if not all(isinstance(text, str) for text in texts):
                 raise InputError(f"{here} holds more than text: keep its text.", field="messages")
@@ -142,19 +151,24 @@ def _render(tokenizer, messages):
         )
     texts = [message["content"] for message in messages]
     marks = [f"\ue000{index}\ue001" for index in range(len(messages))]
+    problem = None
     for wrap in (str, lambda text: [{"type": "text", "text": text}]):
-        marked = _applied(tokenizer, messages, [wrap(mark) for mark in marks])
-        if all(marked.count(mark) == 1 for mark in marks):
+        try:
+            marked = _applied(tokenizer, messages, [wrap(mark) for mark in marks])
+            whole = _applied(tokenizer, messages, [wrap(text) for text in texts])
+        except InputError as error:
+            problem = problem or error
+            continue
+        bad = next((index for index, mark in enumerate(marks) if marked.count(mark) != 1), None)
+        if bad is None:
             break
-    else:
-        bad = next(index for index, mark in enumerate(marks) if marked.count(mark) != 1)
-        how = "drops" if marks[bad] not in marked else "repeats"
-        raise InputError(
-            f"The chat template {how} the text of message {bad}: leave that message out, or ask "
-            "the finished text with raw=True.",
+        problem = InputError(
+            f"The chat template {'repeats' if marks[bad] in marked else 'drops'} the text of "
+            f"message {bad}: leave that message out, or ask the finished text with raw=True.",
             field="messages",
         )
-    whole = _applied(tokenizer, messages, [wrap(text) for text in texts])
+    else:
+        raise problem
     order = sorted(range(len(marks)), key=lambda index: marked.index(marks[index]))
     fixed, rest = [], marked
     for index in order:
@@ -175,6 +189,12 @@ def _render(tokenizer, messages):
             )
         segments += [(text, messages[index]["role"]), (after, "template")]
         at += len(text) + len(after)
+    if at != len(whole):
+        raise InputError(
+            "The chat template adds text that depends on what the messages say, so their words "
+            "cannot be told from it: ask the finished text with raw=True.",
+            field="messages",
+        )
     return [(text, part) for text, part in segments if text]
 
 
@@ -188,38 +208,31 @@ def _applied(tokenizer, messages, contents):
         return tokenizer.apply_chat_template(
             filled, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
         )
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # a template is a program of somebody else's
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"The chat template refuses these messages ({said[:200]}): change their roles or order.",
+            f"The chat template refuses these messages ({said[:200]}): change roles or order.",
             field="messages",
         ) from error
 
 
 def _read(tokenizer, segments, raw=False):
-    text = "".join(part for part, _ in segments)
-    ends, own = 0, []
-    for segment, part in segments:
-        if part != "template":
-            own.append((ends, ends + len(segment), part))
-        ends += len(segment)
-    plain = [part for _, part in segments] == ["prompt"]
-    typed = not raw and any(
-        control in text[begin:end] for control in _controls(tokenizer) for begin, end, _ in own
-    )
-    ids, spans = _encoded(tokenizer, text, plain)
-    if typed or (not plain and any(_crosses(text, span, own) for span in spans)):
-        ids, spans, at = [], [], 0
-        for segment, part in segments:
-            read = _plain(tokenizer) if typed and part != "template" else tokenizer
-            some, places = _encoded(read, segment, plain)
-            ids += some
-            spans += [(begin + at, end + at) for begin, end in places]
-            at += len(segment)
+    text, own = _joined(segments)
+    plain = len(segments) == 1 and segments[0][1] == "prompt"
+    if raw:
+        segments = [(text, "template")]
+    for split in (False, True):
+        ids, spans, typed = _tokens(tokenizer, segments, split)
+        if plain or not any(_crosses(text, span, own) for span in spans):
+            break
     if not ids:
         raise InputError(
-            f"The prompt {text!r} has no token this model knows: use other text.", field="prompt"
+            f"The prompt {text[:40]!r} has no token this model knows: use other text.",
+            field="prompt",
         )
+    if plain:
+        first = _beginning(tokenizer)
+        ids, spans = [*first, *ids], [(0, 0)] * len(first) + spans
     if ids[:2] == [tokenizer.bos_token_id] * 2:
         raise InputError(
             f"The prompt begins with {tokenizer.bos_token!r}, which the tokenizer adds as well: "
@@ -228,59 +241,147 @@ def _read(tokenizer, segments, raw=False):
         )
     spans = _with_spaces(text, spans, {begin for begin, _, _ in own})
     parts = [_part_of(text, span, own) for span in spans]
-    return Prompt(text, ids, spans, parts, _labels(tokenizer, text, ids, spans), own)
+    labels = _labels(tokenizer, text, ids, spans)
+    return Prompt(text, ids, spans, parts, labels, own, typed, segments)
 
 
-def _encoded(tokenizer, text, special):
-    """Token ids of a text and their spans."""
-    if isinstance(tokenizer, Tokenizer):
-        found = tokenizer.encode(text, add_special_tokens=special)
-        return list(found.ids), list(found.offsets)
-    if tokenizer.is_fast:
-        found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-        return found["input_ids"], [tuple(span) for span in found["offset_mapping"]]
-    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
-    return ids, spans_by_decoding(tokenizer, ids)
+def _joined(segments):
+    """The whole text, and the stretches ``(begin, end, part)`` that are not the template's."""
+    at, own = 0, []
+    for segment, part in segments:
+        if part != "template":
+            own.append((at, at + len(segment), part))
+        at += len(segment)
+    return "".join(segment for segment, _ in segments), own
 
 
-def spans_by_decoding(tokenizer: Any, ids: list[int]) -> list[Span]:
-    """Spans in the decoded text, for ids that were not read from a text."""
-    texts = [tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
-    lengths = [len(text.rstrip("\N{REPLACEMENT CHARACTER}")) for text in texts]
-    return [(begin, max(begin, end)) for begin, end in pairwise(lengths)]
+def _tokens(tokenizer, segments, split=False):
+    """``(ids, spans, typed)`` of segments, which are read in one piece unless ``split``.
 
-
-@lru_cache(maxsize=4)
-def _controls(tokenizer):
-    """Texts of tokens that steer a model: special ones, and those of a template or like ``<|x|>``.
-
-    Other added tokens, such as runs of spaces, are ordinary text.
+    ``typed`` are the control tokens that were read as text, as they do not stand in the template
+    or in an answer.
     """
-    return {
+    text = "".join(segment for segment, _ in segments)
+    controls = _controls(tokenizer)
+    trusted = [segment for segment, part in segments if part in ("template", "answer")]
+    typed = tuple(
+        each
+        for each in controls
+        if text.count(each) > sum(segment.count(each) for segment in trusted)
+    )
+    if not typed and not split and not _trims(tokenizer):
+        return *_encoded(tokenizer, text), typed
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"The text holds {(typed or ('a piece of the template',))[0]!r}, and this model's "
+            "tokenizer cannot tell typed text from a control token: take it out.",
+            field="prompt",
+        )
+    marked = controls if typed else ()
+    reader, original = _reader(tokenizer, marked)
+    find = re.compile("|".join(map(re.escape, sorted(marked, key=len, reverse=True))) or "(?!)")
+    pieces, places, at = [], [], 0
+    for segment, part in segments:
+        trusted = part in ("template", "answer")
+        before = 0
+        for found in (*(find.finditer(segment) if trusted else ()), None):
+            begin = found.start() if found else len(segment)
+            pieces.append(segment[before:begin])
+            places += range(at + before, at + begin)
+            if found:
+                pieces.append(_MARK + found[0])
+                places += [*[at + begin] * len(_MARK), *range(at + begin, at + found.end())]
+                before = found.end()
+        at += len(segment)
+        if split and at < len(text):
+            pieces.append(_MARK)
+            places += [at] * len(_MARK)
+    places.append(at)
+    read = reader.encode("".join(pieces), add_special_tokens=False)
+    if escaped := set(read.tokens) & set(marked):  # a vocabulary may spell it by other ways
+        raise InputError(
+            f"The text holds {min(escaped)!r}, which this model's tokenizer always takes for a "
+            "control token: take it out.",
+            field="prompt",
+        )
+    kept = [place for place, token in enumerate(read.tokens) if token != _MARK]
+    ids = [original.get(read.ids[place], read.ids[place]) for place in kept]
+    spans = [(places[begin], places[end]) for begin, end in (read.offsets[some] for some in kept)]
+    return ids, spans, typed
+
+
+def _encoded(tokenizer, text):
+    """Token ids of a text, without what a tokenizer adds around it, and their spans."""
+    if tokenizer.is_fast:
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return found["input_ids"], [tuple(span) for span in found["offset_mapping"]]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    spelled, spans = spelled_by(tokenizer, ids)
+    if spelled != text:
+        raise InputError(
+            "This model's tokenizer does not tell where its tokens stand in the text: take its "
+            "fast tokenizer, a tokenizer.json.",
+            field="prompt",
+        )
+    return ids, spans
+
+
+def _beginning(tokenizer):
+    """The ids that a tokenizer sets before every text; what it sets behind would end the text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    starts = range(len(full) - len(bare) + 1)
+    return full[: next((at for at in starts if full[at : at + len(bare)] == bare), 0)]
+
+
+def _controls(tokenizer):
+    """Texts of tokens that steer a model: special ones, those of a template, ``<x>`` and ``[x]``.
+
+    Other added tokens, such as runs of spaces and words, are ordinary text.
+    """
+    template = str(tokenizer.chat_template or "")
+    return tuple(
         token.content
         for token in tokenizer.added_tokens_decoder.values()
         if token.content.strip()
         and (
             token.special
-            or token.content in str(tokenizer.chat_template or "")
-            or (token.content.startswith("<|") and token.content.endswith("|>"))
+            or token.content in template
+            or (token.content[0], token.content[-1]) in (("<", ">"), ("[", "]"))
         )
-    }
+    )
+
+
+def _trims(tokenizer):
+    """True for a tokenizer that leaves spaces out of its offsets, which hides where they stand."""
+    behind = tokenizer.backend_tokenizer.post_processor if tokenizer.is_fast else None
+    return behind is not None and b'"trim_offsets":true' in behind.__getstate__()
+
+
+_MARK = f"\ue000{secrets.token_hex(8)}"  # nobody can type it
 
 
 @lru_cache(maxsize=4)
-def _plain(tokenizer):
-    """The same tokenizer without its control tokens: what is typed stays text."""
-    if not tokenizer.is_fast:
-        raise InputError(
-            "The text holds a control token of this model, and its tokenizer cannot tell typed "
-            "text from it: take the control token out.",
-            field="prompt",
-        )
+def _reader(tokenizer, marked):
+    """The same tokenizer, to which a control token is one only behind ``_MARK``.
+
+    Returns the reader, and the ids of the tokenizer by those of the reader where they differ.
+    """
     whole = json.loads(tokenizer.backend_tokenizer.to_str())
-    controls = _controls(tokenizer)
-    whole["added_tokens"] = [t for t in whole["added_tokens"] if t["content"] not in controls]
-    return Tokenizer.from_str(json.dumps(whole))
+    whole["post_processor"] = None  # which adds tokens and takes spaces out of the offsets
+    given = {}
+    for token in whole["added_tokens"]:
+        content, number = token["content"], token["id"]
+        if content in marked:
+            token |= {"content": _MARK + content, "normalized": False, "single_word": False}
+        given[token["content"]] = number
+    own = {"id": len(tokenizer), "content": _MARK, "special": True, "normalized": False}
+    own |= {"single_word": False, "lstrip": False, "rstrip": False}
+    whole["added_tokens"].append(own)
+    reader = Tokenizer.from_str(json.dumps(whole))
+    reader.no_truncation()
+    reader.no_padding()
+    return reader, {reader.token_to_id(content): number for content, number in given.items()}
 
 
 def _crosses(text, span, own):
@@ -333,44 +434,78 @@ def _labels(tokenizer, text, ids, spans):
     return labels
 
 
-def token_labels(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """One readable string for each token id, of ids that were not read from a text.
+def decoded(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> str:
+    """The text of ``ids`` as they go on after the ids ``before``.
 
-    A byte-level tokenizer may spread one character over several tokens, and no single one of them
-    can be decoded alone. Such a run is labelled with the text it spells together and the place of
-    each token in it: ``你[1/2]``, ``你[2/2]``.
-
-    Introduced in notebooks/02_tokenization.ipynb.
+    A SentencePiece tokenizer takes the first space out of what it decodes.
     """
-    labels, start = [], 0
-    while start < len(token_ids):
-        for end in range(start + 1, min(start + 8, len(token_ids)) + 1):
-            run = token_ids[start:end]
-            text = tokenizer.decode(run, clean_up_tokenization_spaces=False)
+    known = list(before)[-4:]
+    begun = tokenizer.decode(known, clean_up_tokenization_spaces=False)
+    whole = tokenizer.decode([*known, *ids], clean_up_tokenization_spaces=False)
+    if begun and whole.startswith(begun):
+        return whole[len(begun) :]
+    return tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+
+
+def _runs(tokenizer, ids, before=()) -> Iterator[tuple[str, int]]:
+    """``(text, count)`` of the shortest runs of ids that can be decoded by themselves."""
+    ids, start, known = list(ids), 0, list(before)
+    while start < len(ids):
+        for end in range(start + 1, min(start + 8, len(ids)) + 1):
+            run = ids[start:end]
+            text = decoded(tokenizer, run, known)
             broken = "\N{REPLACEMENT CHARACTER}" in text  # off inside a character
             if not broken or tokenizer(text, add_special_tokens=False)["input_ids"] == run:
                 break  # the second case: the prompt itself holds a U+FFFD
         else:  # part of no whole character: named as the tokenizer names its bytes
-            run = token_ids[start : start + 1]
+            run = ids[start : start + 1]
             (text,) = tokenizer.convert_ids_to_tokens(run)
-        of = f"/{len(run)}]"
-        labels += [f"{text}[{i}{of}" if len(run) > 1 else text for i in range(1, len(run) + 1)]
-        start += len(run)
-    return labels
+        yield text, len(run)
+        start, known = start + len(run), run
+
+
+def token_labels(tokenizer: Any, token_ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
+    """One readable string for each token id, of ids that were not read from a text.
+
+    A byte-level tokenizer may spread one character over several tokens, and no single one of them
+    can be decoded alone. Such a run is labelled with the text it spells together and the place of
+    each token in it: ``你[1/2]``, ``你[2/2]``. ``before`` are the ids after which these stand.
+
+    Introduced in notebooks/02_tokenization.ipynb.
+    """
+    return [
+        f"{text}[{number}/{count}]" if count > 1 else text
+        for text, count in _runs(tokenizer, token_ids, before)
+        for number in range(1, count + 1)
+    ]
+
+
+def spelled_by(
+    tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()
+) -> tuple[str, list[Span]]:
+    """The text that ids spell after the ids ``before``, and the span of each in this text."""
+    text, spans = "", []
+    for piece, count in _runs(tokenizer, ids, before):
+        spans += [(len(text), len(text) + len(piece))] * count
+        text += piece
+    return text, spans
 
 
 def continuation(tokenizer: Any, prompt: Prompt, text: str) -> tuple[list[int], bool]:
     """The ids of ``text`` as it goes on after ``prompt``, and whether the two merge.
 
-    Where the last token of the prompt would be another one with ``text`` behind it, ``text`` is
-    tokenised by itself and the second value is true.
+    Where the last token of the prompt would be another one with ``text`` behind it, the ids are
+    those of ``text`` behind something that it does not merge with, and the second value is true.
     """
-    tail = prompt.text[prompt.spans[-8][0] if len(prompt.ids) > 8 else 0 :]
-    before, _ = _encoded(tokenizer, tail, False)
-    both, _ = _encoded(tokenizer, tail + text, False)
+    before, _, _ = _tokens(tokenizer, prompt.segments)
+    both, _, _ = _tokens(tokenizer, [*prompt.segments, (text, "answer")])
     if both[: len(before)] == before:
         return both[len(before) :], False
-    return _encoded(tokenizer, text, False)[0], True
+    for other in "\n.a":  # text alone would get the space that SentencePiece sets before a text
+        before, both = (_encoded(tokenizer, some)[0] for some in (other, other + text))
+        if both[: len(before)] == before:
+            return both[len(before) :], True
+    return _encoded(tokenizer, text)[0], True
 
 
 # --- places and units --------------------------------------------------------------------------
@@ -388,27 +523,60 @@ def _segments(breaker, text, begin, end):
 def word_places(prompt: Prompt, words: str) -> list[list[int]]:
     """The positions of the tokens of each occurrence of ``words`` in what was written.
 
-    Only whole words count, in any script, and the template's own text does not. Empty if there is
-    none.
+    Only whole words count, in any script, and the template's own text does not. Where a script sets
+    no space between words, a dictionary may not know the words: there, any characters that stand
+    together are found if there is no other place. Empty if there is none.
     """
-    words, places = words.strip(), []
-    for begin, end, _ in prompt.own if words else ():
-        edges = {edge for span in _segments(WordBreaker, prompt.text, begin, end) for edge in span}
-        at = prompt.text.find(words, begin, end)
-        while at >= 0:
-            if at in edges and at + len(words) in edges:
-                places.append(_tokens_in(prompt, at, at + len(words)))
-            at = prompt.text.find(words, at + 1, end)
-    return places
+    words, whole, loose = words.strip(), [], []
+    for part in prompt.own if words else ():
+        edges = {edge for span in _segments(WordBreaker, prompt.text, *part[:2]) for edge in span}
+        for begin, end in _found(prompt.text, words, *part[:2]):
+            if begin in edges and end in edges:
+                whole.append((begin, end))
+            elif (begin in edges or _joined_up(prompt.text, begin)) and (
+                end in edges or _joined_up(prompt.text, end, "HANGUL")
+            ):
+                loose.append((begin, end))
+    return [_tokens_in(prompt, *place) for place in whole or loose]
+
+
+def _found(text, words, begin, end):
+    """Each place of ``words`` in a stretch of the text, however either composes its characters."""
+    words = _composed(words)
+    pieces, starts = [], []
+    for first, last in _segments(CharacterBreaker, text, begin, end):
+        piece = _composed(text[first:last])
+        starts += [first, *[None] * (len(piece) - 1)]  # no place is inside of a character
+        pieces.append(piece)
+    starts.append(end)
+    whole = "".join(pieces)
+    at = whole.find(words)
+    while at >= 0:
+        place = starts[at], starts[at + len(words)]
+        if None not in place:
+            yield place
+        at = whole.find(words, at + 1)
+
+
+def _composed(text):
+    return unicodedata.normalize("NFC", text).replace("\r\n", "\n")
+
+
+_UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
+
+
+def _joined_up(text, place, *others):
+    """True between two letters of a script that sets no space between its words."""
+    names = [unicodedata.name(character, "") for character in text[place - 1 : place + 1]]
+    return all(name.startswith((*_UNSPACED, *others)) for name in names)
 
 
 def _tokens_in(prompt, begin, end):
     """The tokens of which a character other than white space stands between two places."""
-    return [
-        position
-        for position, (first, last) in enumerate(prompt.spans)
-        if prompt.text[max(first, begin) : min(last, end)].strip()
-    ]
+    first = bisect_right(prompt.spans, begin, key=lambda span: span[1])
+    last = bisect_left(prompt.spans, end, key=lambda span: span[0])
+    places = ((max(a, begin), min(b, end)) for a, b in prompt.spans[first:last])
+    return [first + i for i, (a, b) in enumerate(places) if prompt.text[a:b].strip()]
 
 
 def prompt_units(
@@ -473,17 +641,14 @@ def _unit(prompt, positions):
 
 
 def _source_stretches(prompt, sources):
+    if isinstance(sources, str) or not sources:
+        raise InputError("sources must be a list of passages of the prompt.", field="sources")
     found = []
     for index, source in enumerate(sources):
         if not isinstance(source, str) or not source.strip():
             raise InputError(f"Source {index} is empty: write its text.", field="sources")
         source = source.strip()
-        places = [
-            place
-            for begin, end, _ in prompt.own
-            for place in range(begin, end - len(source) + 1)
-            if prompt.text.startswith(source, place)
-        ]
+        places = [place for part in prompt.own for place in _found(prompt.text, source, *part[:2])]
         if len(places) != 1:
             how = "does not stand" if not places else f"stands {len(places)} times"
             raise InputError(
@@ -491,7 +656,7 @@ def _source_stretches(prompt, sources):
                 "there once.",
                 field="sources",
             )
-        found.append((places[0], places[0] + len(source), index))
+        found.append((*places[0], index))
     found.sort()
     for (_, end, index), (begin, _, other) in pairwise(found):
         if begin < end:

@@ -10,7 +10,7 @@ by the chain rule over as many tokens as each has; without a foil, the first ter
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,9 +19,10 @@ from helpers.prompts import (
     Prompt,
     Unit,
     continuation,
+    decoded,
     prompt_units,
     read_prompt,
-    spans_by_decoding,
+    spelled_by,
     token_labels,
     word_places,
 )
@@ -29,6 +30,15 @@ from helpers.prompts import (
 OBJECTIVES = ("log_probability", "logit")
 WEAK = 0.01  # a probability below which the model hardly meant it
 BEST = 10  # a target outside of so many next tokens is told
+
+
+class Rival(NamedTuple):
+    """A text with or without its leading space, beside the one that was asked for."""
+
+    token: int  # the first of the text that was asked for
+    other: int  # the first of its rival
+    label: str
+    other_label: str
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,8 @@ class Question:
     grouping: str = "tokens"
     read: Prompt | None = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
-    rival: tuple[int, str] | None = field(default=None, repr=False, compare=False)
+    rival: tuple[Rival, ...] = field(default=(), repr=False, compare=False)
+    greedy: bool = field(default=False, repr=False, compare=False)
 
     def __str__(self) -> str:
         """Why " Riga"?, or why " Riga" rather than " Tallinn"?"""
@@ -92,9 +103,8 @@ class Facts:
     top: int
     top_probability: float
     rank: int
-    own: bool  # whether each target token is the model's own choice at its place
-    first: float  # the probability of the target's first token
-    rival: float  # the same of the target with or without its leading space; 0 where not asked
+    own: int  # how many target tokens are the model's own choices, counted from the first
+    rivals: tuple[tuple[float, float], ...]  # the probabilities of both tokens of each ``Rival``
 
 
 def ask(
@@ -145,7 +155,7 @@ def ask(
         objective=objective,
         model=model,
     )
-    if answer is True or isinstance(answer, int) and not isinstance(answer, bool):
+    if answer is True or (isinstance(answer, int) and not isinstance(answer, bool)):
         question = with_answer(model, question, ANSWER if answer is True else answer)
     return ask_of(model, question)
 
@@ -201,8 +211,8 @@ def read_question(
         config = getattr(model.config, "get_text_config", lambda: model.config)()
         context = getattr(config, "max_position_embeddings", None)
     ids, notes, rival = _named(tokenizer, read, target, target_ids, "target")
-    others, more, _ = _named(tokenizer, read, foil, foil_ids, "foil")
-    notes += more
+    others, more, another = _named(tokenizer, read, foil, foil_ids, "foil")
+    notes, rival = notes + more, rival + another
     if answer is not None and answer is not False:
         if ids is not None:
             raise InputError("Give a target or an answer, not both.", field="answer")
@@ -219,12 +229,23 @@ def read_question(
             )
     room = ANSWER if answer is True else answer if isinstance(answer, int) else 0
     room = max(room, len(ids or ()), len(others or ()))
-    _check_size(tokenizer, read.ids, [ids, others], room, context, vocabulary)
+    _check_size(tokenizer, read, [ids, others], room, context, vocabulary)
+    grouping = "sources" if sources is not None else units
     chat_given = chat or not isinstance(prompt, str)
+    if grouping != "tokens" and not chat_given and sum(p != "template" for p in read.parts) == 1:
+        raise InputError(
+            f"The prompt is one token, which cannot be grouped into {grouping}: leave units out.",
+            field="units" if sources is None else "sources",
+        )
     if getattr(tokenizer, "chat_template", None) and not chat_given and not raw:
         notes += (
             "The model has a chat template and was asked without it: messages or chat=True would "
             "ask as it was trained.",
+        )
+    if read.typed:
+        notes += (
+            f"Control tokens typed in the prompt were read as text: {', '.join(read.typed)}. "
+            "raw=True takes a finished template.",
         )
     question = Question(
         prompt=prompt,
@@ -233,10 +254,10 @@ def read_question(
         parts=read.parts,
         units=prompt_units(read, units, sources),
         foil=others,
-        foil_label=None if others is None else tokenizer.decode(others),
+        foil_label=None if others is None else decoded(tokenizer, others, read.ids),
         notes=notes,
         objective=objective,
-        grouping="sources" if sources is not None else units,
+        grouping=grouping,
         read=read,
         tokenizer=tokenizer,
         rival=rival,
@@ -247,7 +268,8 @@ def read_question(
 def with_target(question: Question, target: Sequence[int]) -> Question:
     """``question`` about the token ids ``target``; ``InputError`` if they are its foil."""
     target, tokenizer = tuple(target), question.tokenizer
-    label = tokenizer.decode(target)
+    before = question.input_ids[0].tolist()
+    label = decoded(tokenizer, target, before)
     if target == question.foil:
         raise InputError(
             f"The foil {label!r} is the target itself, so there is nothing to compare: choose "
@@ -257,14 +279,15 @@ def with_target(question: Question, target: Sequence[int]) -> Question:
     shorter = min(len(target), len(question.foil or target))
     if question.foil is not None and target[:shorter] == question.foil[:shorter]:
         raise InputError(
-            f"The target {label!r} and the foil {question.foil_label!r} begin alike and one of them "
-            "ends there, so they are no alternatives: write both to the end of a word.",
+            f"The target {label!r} and the foil {question.foil_label!r} begin alike and one of "
+            "them ends there, so they are no alternatives: write both to the end of a word.",
             field="foil",
         )
     units = [unit for unit in question.units if unit.part != "answer"]
     if question.foil is None and len(target) > 1:
-        units += _answer_units(question, target)
-    text = tokenizer.decode(target, skip_special_tokens=True)
+        units += _answer_units(question, target, before)
+    written = [each for each in target if each not in tokenizer.all_special_ids]
+    text = decoded(tokenizer, written, before)
     return replace(question, target=target, target_label=label, answer=text, units=units)
 
 
@@ -276,24 +299,33 @@ def completed(question: Question, facts: Facts) -> Question:
     tokenizer = question.tokenizer
     if question.target is None:
         question = with_target(question, facts.target)
+    before, count = question.input_ids[0].tolist(), len(question.target)
+    own = facts.own == count or question.greedy  # whose passes may round a tie another way
     notes = list(question.notes)
-    if not facts.own:
+    if not own and not facts.own:
         notes.append(
             f"The target is not the model's own answer, which begins with "
-            f"{tokenizer.decode([facts.top])!r} ({facts.top_probability:.1%})."
+            f"{token_labels(tokenizer, [facts.top], before)[0]!r} ({facts.top_probability:.1%})."
         )
-    if question.rival is not None and facts.rival > facts.first:
+    elif not own:
         notes.append(
-            f"{question.rival[1]!r} is nearer to what the model expects: it begins with a token of "
-            f"{facts.rival:.2%}, {question.target_label!r} with one of {facts.first:.2%}."
+            "The target is not the model's own answer, which goes on otherwise after "
+            f"{decoded(tokenizer, question.target[: facts.own], before)!r}."
         )
+    for rival, (asked, other) in zip(question.rival, facts.rivals, strict=True):
+        if other > asked:
+            notes.append(
+                f"{rival.other_label!r} is nearer to what the model expects than {rival.label!r}: "
+                f"the first token of each has a probability of {other:.2g} and {asked:.2g}."
+            )
     if facts.rank > BEST:
         notes.append(
-            f"The target's first token is only number {facts.rank:,} of the next tokens: what the "
-            "model hardly considers is explained poorly."
+            f"The target is not among the model's ten best: its first token is number {facts.rank:,} "
+            "of the next tokens."
         )
-    if facts.probability < WEAK:
-        notes.append(f"The target has a probability of {facts.probability:.2g} only.")
+    # an answer of many tokens is improbable as a whole, even where the model is sure of each
+    if facts.probability ** (1 / count if own else 1) < WEAK:
+        notes.append(f"The target's probability is under 1 %: {facts.probability:.2g}.")
     return replace(
         question,
         probability=facts.probability,
@@ -305,7 +337,7 @@ def completed(question: Question, facts: Facts) -> Question:
 
 
 def read_facts(
-    logits: torch.Tensor, target: Sequence[int] | None, rival: tuple[int, str] | None = None
+    logits: torch.Tensor, target: Sequence[int] | None, rivals: Sequence[Rival] = ()
 ) -> Facts:
     """What logits [tokens of the target, vocab] say of the target, given all before each token.
 
@@ -315,16 +347,16 @@ def read_facts(
     ids = tops[:1] if target is None else torch.tensor(list(target), device=logits.device)
     chosen = logits.gather(1, ids[:, None])[:, 0]  # [tokens]
     logs = chosen - logits.logsumexp(dim=-1)
-    top = logits[0, tops[0]] - logits[0].logsumexp(dim=-1)
+    first = (logits[0] - logits[0].logsumexp(dim=-1)).exp()  # [vocab]
+    matches = (logits.amax(dim=-1) == chosen).tolist()
     return Facts(
         target=tuple(ids.tolist()),
         probability=float(logs.sum().exp()),
         top=int(tops[0]),
-        top_probability=float(top.exp()),
+        top_probability=float(first[tops[0]]),
         rank=1 + int((logits[0] > chosen[0]).sum()),
-        own=bool((tops == ids).all()),
-        first=float(logs[0].exp()),
-        rival=0.0 if rival is None else float((logits[0, rival[0]] - logits[0].logsumexp(-1)).exp()),
+        own=[*matches, False].index(False),
+        rivals=tuple((float(first[some.token]), float(first[some.other])) for some in rivals),
     )
 
 
@@ -354,7 +386,8 @@ def with_answer(model: Any, question: Question, most: int) -> Question:
     for config in (model.config, getattr(model, "generation_config", None)):
         found = getattr(config, "eos_token_id", None)
         ends |= set(found if isinstance(found, list) else [found])
-    return with_target(question, greedy_answer(model, question.input_ids, most, ends - {None}))
+    written = greedy_answer(model, question.input_ids, most, ends - {None})
+    return replace(with_target(question, written), greedy=True)
 
 
 def top_tokens(
@@ -378,7 +411,7 @@ def top_tokens(
 
 
 def _named(tokenizer, read, text, ids, role):
-    """``(ids or None, notes, rival)`` of what is named by text or by ids."""
+    """``(ids or None, notes, rivals)`` of what is named by text or by ids."""
     if text is not None and ids is not None:
         raise InputError(f"Give the {role} as text or as ids, not both.", field=role)
     if ids is not None:
@@ -390,32 +423,34 @@ def _named(tokenizer, read, text, ids, role):
         ]
         if not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
             raise InputError(f"{role}_ids must be whole numbers.", field=f"{role}_ids")
-        return tuple(ids), (), None
+        return tuple(ids), (), ()
     if text is None:
-        return None, (), None
+        return None, (), ()
     if not isinstance(text, str) or not text:
-        hint = f" Token ids go by {role}_ids." if isinstance(text, int | list | tuple) else ""
-        raise InputError(f"The {role} must be text, such as ' Riga'.{hint}", field=role)
+        hint = "" if isinstance(text, str) or role == "answer" else f" Ids go by {role}_ids."
+        must = "is empty: it must" if text == "" else "must"
+        raise InputError(f"The {role} {must} be text, such as ' Riga'.{hint}", field=role)
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise InputError(f"The {role} has half of a surrogate pair in it.", field=role)
     found, merged = continuation(tokenizer, read, text)
     if not found:
         raise InputError(f"The {role} {text!r} has no token this model knows.", field=role)
-    notes = ()
+    notes, pieces = (), token_labels(tokenizer, found, read.ids)
     if merged:
-        pieces = token_labels(tokenizer, found)
         notes += (
             f"The {role} {text!r} merges with the last token of the prompt when written in one; "
             f"it was read by itself, as {pieces}.",
         )
-    if not token_labels(tokenizer, found)[0].strip() and text.strip():
+    if not pieces[0].strip() and text.strip():
         notes += (f"The first token of the {role} {text!r} is blank.",)
     other = text[1:] if text.startswith(" ") else f" {text}"
-    rival = continuation(tokenizer, read, other)[0] if other.strip() else []
-    return tuple(found), notes, (rival[0], other) if rival and rival[0] != found[0] else None
+    rival = [] if text.lstrip(" ")[:1].isspace() else continuation(tokenizer, read, other)[0]
+    rivals = (Rival(found[0], rival[0], text, other),) if rival and rival[0] != found[0] else ()
+    return tuple(found), notes, rivals
 
 
-def _check_size(tokenizer, ids, named, room, context, vocabulary):
+def _check_size(tokenizer, read, named, room, context, vocabulary):
+    ids = read.ids
     if context is not None and len(ids) + max(0, room - 1) > context:
         behind = f" with {room:,} more behind it" if room > 1 else ""
         raise InputError(
@@ -423,6 +458,13 @@ def _check_size(tokenizer, ids, named, room, context, vocabulary):
             f"{context:,}: shorten it.",
             field="prompt",
         )
+    for number, token in tokenizer.added_tokens_decoder.items():
+        if vocabulary is not None and number >= vocabulary and token.content in read.text:
+            raise InputError(
+                f"The prompt holds {token.content!r}, which was added to the tokenizer and for "
+                "which the model has no embedding: resize its embeddings, or take the token out.",
+                field="prompt",
+            )
     for role, some in zip(("prompt", "target", "foil"), (ids, *named), strict=True):
         for each in some or ():
             if each < 0 or (vocabulary is not None and each >= vocabulary):
@@ -434,23 +476,17 @@ def _check_size(tokenizer, ids, named, room, context, vocabulary):
                 )
 
 
-def _answer_units(question, target):
+def _answer_units(question, target, before):
     """Units of the answer's own tokens but the last, which nothing was written after."""
     seq, tokenizer = question.input_ids.shape[1], question.tokenizer
-    labels = token_labels(tokenizer, target)[:-1]
+    labels = token_labels(tokenizer, target, before)[:-1]
     if question.grouping == "tokens":
         return [Unit(label, (seq + i,), "answer") for i, label in enumerate(labels)]
-    kind = {"words": "words", "sentences": "sentences"}.get(question.grouping, "turns")
+    # all of an answer is one turn, also beside sources
+    kind = question.grouping if question.grouping in ("words", "sentences") else "turns"
+    text, spans = spelled_by(tokenizer, target[:-1], before)
+    whole, parts = [(0, len(text), "answer")], ["answer"] * len(labels)
+    units = prompt_units(Prompt(text, list(target[:-1]), spans, parts, labels, whole), kind)
     return [
-        Unit(text, tuple(seq + i for i in positions), "answer")
-        for text, positions in _grouped(tokenizer, target[:-1], labels, kind)
+        replace(unit, positions=tuple(seq + place for place in unit.positions)) for unit in units
     ]
-
-
-def _grouped(tokenizer, ids, labels, kind):
-    """``(text, places)`` of an answer's words or sentences, or of all of it."""
-    text = tokenizer.decode(ids)
-    spans = spans_by_decoding(tokenizer, list(ids))
-    whole = [(0, len(text), "answer")]
-    read = Prompt(text, list(ids), spans, ["answer"] * len(ids), labels, whole)
-    return [(unit.label, unit.positions) for unit in prompt_units(read, kind)]
