@@ -82,14 +82,13 @@ def erasure_curves(
             _, (values,) = coalition_values(asked, [variants], replacement)
         return values[:, 0].cpu()
 
-    values = run(question)
-    if question.objective == "logit" and question.foil is None:
+    values = logs = run(question)
+    if question.objective == "logit":
         logs = run(replace(question, objective="log_probability"))
-        probabilities = logs.exp()
-    else:
-        probabilities = values.exp() if question.foil is None else values.sigmoid()
+    probabilities = logs.exp() if question.foil is None else logs.sigmoid()
     both = torch.stack([values, probabilities], dim=-1)[place].view(2, *taken.shape[:2], 2)
-    return Curves(counts, both[0], both[1], forwards=len(variants) + 1)
+    passes = 2 if question.objective == "logit" else 1
+    return Curves(counts, both[0], both[1], forwards=passes * (len(variants) + 1))
 
 
 def importance_order(result: Attribution) -> torch.Tensor:
@@ -156,8 +155,8 @@ def against_random(
     that the method's ``faithfulness`` exceeds. ``options`` are those of ``erasure_curves``.
     """
     units = len(question.units)
-    orders = [importance_order(result) for result in results.values()]
-    orders = torch.cat([torch.stack(orders), random_orders(units, count, seed)])
+    own = torch.stack([importance_order(result) for result in results.values()])
+    orders = torch.cat([own, random_orders(units, count, seed)])
     curves = erasure_curves(model, question, orders, **options)
     measures = pd.DataFrame({k: v.numpy() for k, v in erasure_measures(curves).items()})
     methods, chance = measures[: len(results)], measures["faithfulness"][len(results) :]

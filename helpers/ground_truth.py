@@ -9,10 +9,12 @@ objects).
 """
 
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
 from math import comb
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ import yaml
 
 from helpers.errors import InputError
 from helpers.prompts import read_prompt
-from helpers.questions import Question, ask
+from helpers.questions import Question, completed, read_facts, read_question
 
 DATA = Path(__file__).parent / "data" / "ground_truth.yml"
 FAMILIES = (
@@ -54,7 +56,7 @@ class Case:
     counterfactual: str
 
 
-def cases(family, split):
+def cases(family: str, split: str) -> list[Case]:
     """The cases of one family and split, the two directions of a pair one after the other.
 
     Drawn from the templates and words in ``data/ground_truth.yml`` with a fixed seed, so the list
@@ -73,7 +75,8 @@ def cases(family, split):
     def pick(some):  # of this module only random() is promised to stay the same
         return some[int(generator.random() * len(some))]
 
-    found, seen = [], set()
+    found: list[Case] = []
+    seen: set[str] = set()
     for _ in range(10 * CANDIDATES[split]):
         (evidence, answer), (other, other_answer) = pick(pairs)
         template = pick(words["templates"])
@@ -107,7 +110,9 @@ def _pairs(words):
 # --- which of them a model can answer ----------------------------------------------------------
 
 
-def solved(model, tokenizer, cases):
+def solved(
+    model: Any, tokenizer: Any, cases: Sequence[Case]
+) -> Iterator[tuple[Case, Question, Question]]:
     """The cases that count for this model, as ``(case, question, counterfactual_question)``.
 
     A generator, in the order of ``cases``. A case counts if
@@ -123,30 +128,28 @@ def solved(model, tokenizer, cases):
     for start in range(0, len(cases), CASES_PER_PASS):
         usable = []  # (case, prompt ids, counterfactual ids, target, foil)
         for case in cases[start : start + CASES_PER_PASS]:
-            ids, other = (read_prompt(tokenizer, text).ids for text in (case.prompt, case.counterfactual))
+            both = [read_prompt(tokenizer, text).ids for text in (case.prompt, case.counterfactual)]
             target, foil = (
                 tokenizer(text, add_special_tokens=False)["input_ids"][0]
                 for text in (case.target, case.foil)
             )
-            if target != foil and len(ids) == len(other) and _one_run(ids, other):
-                usable.append((case, tuple(ids), tuple(other), target, foil))
+            if target != foil and len(both[0]) == len(both[1]) and _one_run(*both):
+                usable.append((case, *map(tuple, both), target, foil))
         logits = _next_logits(model, {ids for _, *both, _, _ in usable for ids in both})
         for case, ids, other, target, foil in usable:
             if (
                 logits[ids][target] > logits[ids][foil]
                 and logits[other][target] < logits[other][foil]
             ):
-                yield (
-                    case,
-                    ask(model, tokenizer, case.prompt, target_ids=[target], foil_ids=[foil]),
-                    ask(
-                        model,
-                        tokenizer,
-                        case.counterfactual,
-                        target_ids=[target],
-                        foil_ids=[foil],
-                    ),
-                )
+                named: Any = {"target_ids": [target], "foil_ids": [foil], "model": model}
+                asked = [
+                    completed(
+                        read_question(tokenizer, text, **named),
+                        read_facts(logits[read][None], [target]),
+                    )
+                    for text, read in ((case.prompt, ids), (case.counterfactual, other))
+                ]
+                yield case, *asked
 
 
 def _one_run(ids, other):
@@ -170,8 +173,8 @@ def _next_logits(model, prompts):
 # --- how well a method did ---------------------------------------------------------------------
 
 
-def evidence_positions(question, other):
-    """The positions where two questions of equal length hold different tokens: a list of int.
+def evidence_positions(question: Question, other: Question) -> list[int]:
+    """The positions where two questions of equal length hold different tokens.
 
     Introduced in notebooks/11_ground_truth.ipynb.
     """
@@ -179,7 +182,7 @@ def evidence_positions(question, other):
     return differ.nonzero()[:, 0].tolist()
 
 
-def reciprocal_rank(scores, positions, signed):
+def reciprocal_rank(scores: Any, positions: Sequence[int], signed: bool) -> float:
     """1 / rank of the best placed of ``positions``, the largest score having rank 1.
 
     ``scores`` [seq] are sorted by value if ``signed``, since the evidence has to push *towards*
@@ -196,7 +199,7 @@ def reciprocal_rank(scores, positions, signed):
     return float(1 / (above + (tied + 1) / 2))
 
 
-def random_reciprocal_rank(seq, count):
+def random_reciprocal_rank(seq: int, count: int) -> float:
     """What a random order of ``seq`` tokens gets on average if ``count`` of them are evidence.
 
     The best placed one has rank r in C(seq - r, count - 1) of the C(seq, count) ways to place the

@@ -73,16 +73,16 @@ def patch_positions(
     if direction not in ("restore", "destroy"):
         raise InputError(f"The direction {direction!r} is unknown: use restore or destroy.")
     layers, seq = len(model.model.layers), clean.input_ids.shape[1]
-    depths = _chosen(depths, layers + 1, "depth")
+    chosen = _chosen(depths, layers + 1, "depth")
     first = first_difference(clean, corrupted)
     differs = (clean.input_ids != corrupted.input_ids)[0].tolist()
-    positions = _chosen(positions, seq, "position")
+    places = _chosen(positions, seq, "position")
     effects = torch.full((layers + 1, seq), torch.nan)
-    effects[torch.tensor(depths)[:, None], positions] = 0.0
+    effects[torch.tensor(chosen)[:, None], torch.tensor(places)] = 0.0
     cells = [
         (depth, position)
-        for depth in depths  # in ascending order: rows join in the order of their layers
-        for position in positions
+        for depth in chosen  # in ascending order: rows join in the order of their layers
+        for position in places
         if (depth > 0 or differs[position])  # the same token has the same embedding
         and (depth < layers or position == seq - 1)  # of the last states only this one is read
         and position >= first
@@ -93,11 +93,11 @@ def patch_positions(
                 "Patching reads one text, and target and foil are both of several tokens: make one "
                 "of them a single token."
             )
+        asked.settle()
         # the run that gives states, and the one that gets: [2, length, dim]
-        pair = [asked.embeds[0, 0], Asked(model, [corrupted]).embeds[0, 0]]
+        pair = torch.cat([asked.embeds[0], Asked(model, [corrupted]).embeds[0]])
         if direction == "destroy":
-            pair.reverse()
-        pair = torch.stack(pair)
+            pair = pair.flip(0)
         cache = asked.beginning()[1] if first else None  # what both prompts begin with
         if cache is None:
             first = 0

@@ -10,8 +10,9 @@ which a whole answer is a question with several outputs.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from inspect import signature
 from itertools import islice
 from typing import Any
 
@@ -24,6 +25,8 @@ from helpers.attribution.engine import (
     objective_gradient,
     rows_per_batch,
     shape_of,
+    texts_and_outputs,
+    vocabularies_at_once,
     working_precision,
 )
 from helpers.attribution.methods import BUDGET, METHODS, Method, Price
@@ -36,7 +39,7 @@ from helpers.attribution.path import (
 )
 from helpers.attribution.result import Attribution, attribution, attributions, completeness_gap
 from helpers.errors import InputError
-from helpers.questions import Question, ask_of, completed
+from helpers.questions import OBJECTIVES, Question, ask_of, completed
 
 __all__ = [
     "BUDGET",
@@ -89,10 +92,18 @@ def attribute(
     not support, and one that the budget does not allow.
     """
     if objective is not None:
+        if objective not in OBJECTIVES:
+            raise InputError(f"There is no objective {objective!r}: use {' or '.join(OBJECTIVES)}.")
         question = replace(question, objective=objective)
     ((_, results),) = attribute_all(
         model, [question], {method: options}, each=each, precision=precision, budget=budget
     )
+    if method not in results and budget is None:
+        raise InputError(
+            "The foil is the model's own next token, so there is nothing to compare: choose "
+            "another foil.",
+            field="foil",
+        )
     if method not in results:
         raise InputError(f"A budget of {budget:,} tokens x gradients is too small for {method}.")
     return results[method]
@@ -118,18 +129,23 @@ def attribute_all(
 
     ``seconds`` is a pass's time shared evenly among its rows, and among the methods that read it.
 
-    Raises ``InputError``, before anything is run, for an unknown method and for one that does not
-    support this model.
+    Raises ``InputError``, before anything is run, for an unknown method or option and for a method
+    that does not support this model.
     """
     wanted = dict(methods) if isinstance(methods, Mapping) else {name: {} for name in methods}
-    for name in wanted:
+    for name, options in wanted.items():
         refused = METHODS[name].refusal(model)
         if refused is not None:
             raise InputError(f"The method {name} cannot run. {refused}", field="methods")
+        try:
+            signature(METHODS[name].run).bind(None, **options)
+        except TypeError as error:
+            raise InputError(f"The method {name} cannot run: {error}.", field="methods") from error
     stream = iter(questions)
-    with working_precision(model, precision):
-        while held := list(islice(stream, HELD)):
-            yield from _attribute_held(model, held, wanted, each, budget)
+    while held := list(islice(stream, HELD)):
+        with working_precision(model, precision):  # never between two questions that come back
+            done = _attribute_held(model, held, wanted, each, budget)
+        yield from done
 
 
 def _attribute_held(model, questions, wanted, each, budget):
@@ -146,11 +162,12 @@ def _attribute_held(model, questions, wanted, each, budget):
         def run(some, options=options):
             return _run(model, [questions[place] for place in some], options, each)
 
-        length = questions[places[0]].input_ids.shape[1] + len(questions[places[0]].target or (0,))
-        shared = {METHODS[name].reads for name in options} - {""}
-        # two ways back keep most of what two passes would
-        room = length * (2 if shared and "relevance" in options and len(options) > 1 else 1)
-        done = [one for some in in_batches(model, run, places, room) for one in some]
+        texts, outputs = texts_and_outputs(questions[places[0]])
+        room = len(texts) * max(map(len, texts))
+        if "relevance" in options and options.keys() & {"saliency", "gradient_x_input"}:
+            room *= 2  # two ways back keep most of what two passes would
+        most = vocabularies_at_once(model, len(outputs))
+        done = [one for some in in_batches(model, run, places, room, most) for one in some]
         found.update(zip(places, done, strict=True))
     return [found[place] for place in range(len(questions))]
 
@@ -169,15 +186,10 @@ def _options_of(question, wanted, budget):
 
 
 def _settled(model, question):
-    """An open question that a pass over many could not complete is completed by itself."""
-    if question.probability is not None or (
-        question.target is None and question.foil is None and question.objective != "logit"
-    ):
+    """Of a target that begins as its foil does, what they share is no output: it is run alone."""
+    if question.probability is not None or question.target is None or question.foil is None:
         return question
-    shared = question.foil is not None and (question.target or (-1,))[0] == question.foil[0]
-    if question.target is None or shared:
-        return ask_of(model, question)
-    return question
+    return ask_of(model, question) if question.target[0] == question.foil[0] else question
 
 
 def _run(model, questions, options, each):
@@ -189,12 +201,7 @@ def _run(model, questions, options, each):
         asked.found["wanted"] = frozenset(options)
         for name in order:
             began = time.perf_counter()
-            try:
-                found = METHODS[name](asked, **options[name])
-            except TypeError as error:
-                if "unexpected keyword" not in str(error):
-                    raise
-                raise InputError(f"The method {name} has no such option: {error}.") from error
+            found = METHODS[name](asked, **options[name])
             spent[name] = time.perf_counter() - began
             for row, result in zip(results, found, strict=True):
                 row[name] = result
@@ -214,7 +221,10 @@ def _run(model, questions, options, each):
 
 def _finished(question, facts, results, spent):
     if facts is not None and question.probability is None:
-        question = completed(question, facts)
+        try:
+            question = completed(question, facts)
+        except InputError:  # an open question whose foil is the model's own next token
+            return question, {}
     told = {}
     for name, result in results.items():
         notes = question.notes

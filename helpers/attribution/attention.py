@@ -20,7 +20,9 @@ def attention(asked: Asked) -> list[Attribution]:
 
 
 def attention_rows(asked: Asked) -> list[Tensor]:
-    """The weights with which outputs are read, a layer: [questions x texts, heads, outputs, length].
+    """The weights with which outputs are read: a tensor a layer.
+
+    Each is [questions x texts, heads, outputs, length].
 
     No map is ever formed: while inside, the model attends through a function of ours, which
     computes the weights of those positions and leaves the rest to torch's fused attention.
@@ -80,7 +82,7 @@ def _scores(asked, rows):
             row,
             asked.per_unit((own if asked.each else told)[row], row),
             scores=asked.per_unit(told[row, 0], row),
-            forwards=texts,
+            forwards=1,
             signed=False,
         )
         for row in range(len(asked))

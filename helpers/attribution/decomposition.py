@@ -29,43 +29,38 @@ def alti_logit(asked: Asked) -> list[Attribution]:
     notebooks/10_faithfulness.ipynb takes it apart.
     """
     asked.settle()
-    directions = asked.directions()  # [questions, outputs, dim]
-    questions, texts = asked.embeds.shape[:2]
-    scores = torch.zeros(questions, len(asked.positions), asked.columns)
+    questions, texts, length = asked.embeds.shape[:3]
+    scores = torch.zeros(questions, len(asked.positions), length)
     moved = torch.zeros(questions, len(asked.positions))
     for row in range(questions):
+        asked.look(torch.tensor([row]), asked.positions[None], length)
+        seen = [_run(asked.model, text[None]) for text in asked.embeds[row]]
+        hidden = [
+            seen[text]["read"][position]
+            for text, position in zip(asked.text_of.tolist(), asked.positions, strict=True)
+        ]
+        directions, moved[row] = asked.read_states(torch.stack(hidden), row)
         for text in range(texts):
             some = (asked.text_of == text).nonzero()[:, 0]
-            found = _parts(
-                asked.model,
-                asked.embeds[row, text][None],
-                asked.positions[some],
-                directions[row, some.to(directions.device)].float(),
-            )
-            scores[row, some] = found[:, : asked.columns].cpu()
-            moved[row, some] = found.sum(dim=1).cpu()
-    whole = _to_first_order(asked)
+            read = directions[some.to(directions.device)].float()
+            found = _parts(asked.model, seen[text], asked.positions[some], read)
+            scores[row, some] = found.cpu()
+    totals = scores.sum(dim=2)
     if not asked.each:
-        scores, moved = scores.sum(dim=1, keepdim=True), moved.sum(dim=1, keepdim=True)
-    return attributions(asked, scores, totals=moved, moved=whole, forwards=texts)
+        scores, totals, moved = (some.sum(dim=1, keepdim=True) for some in (scores, totals, moved))
+    return attributions(asked, scores[..., : asked.columns], totals=totals, moved=moved, forwards=1)
 
 
-def _to_first_order(asked):
-    with torch.inference_mode():
-        return asked._values(asked._run(asked.embeds, None).logits, to_first_order=True).cpu()
-
-
-def _parts(model: Any, embeds: Tensor, positions: Tensor, directions: Tensor) -> Tensor:
+def _parts(model: Any, seen: dict[str, Any], positions: Tensor, directions: Tensor) -> Tensor:
     """What each token of one text put into some states after the last norm: [outputs, length].
 
-    ``embeds`` [1, length, dim]; output i reads ``directions[i]`` [dim] at ``positions[i]``.
+    Output i reads ``directions[i]`` [dim] at ``positions[i]``; ``seen`` is what ``_run`` gives.
     """
-    seen = _run(model, embeds)
     norm = model.model.norm
     final = seen["final"][positions]  # [outputs, dim]
     scale = torch.rsqrt(final.pow(2).mean(dim=1, keepdim=True) + norm.variance_epsilon)
     directions = directions * norm.weight.float() * scale  # [outputs, dim]
-    mixed = torch.eye(embeds.shape[1], device=final.device)  # of which tokens each position is made
+    mixed = torch.eye(len(seen["final"]), device=final.device)  # of which each position is made
     own = (seen["inputs"][0][positions] * directions).sum(dim=1, keepdim=True)
     scores = own * mixed[positions]
     for layer, states, weights, value, fed in zip(
@@ -87,8 +82,8 @@ def _parts(model: Any, embeds: Tensor, positions: Tensor, directions: Tensor) ->
 
 
 def _run(model, embeds):
-    """One forward pass, and what it passed through: see the keys below, all in float32."""
-    seen = {"inputs": [], "weights": [], "values": [], "fed": [], "final": None}
+    """One forward pass, and what it passed through: see the keys below, in float32 but "read"."""
+    seen = {"inputs": [], "weights": [], "values": [], "fed": [], "final": None, "read": None}
 
     def keep_weights(module, query, key, value, mask, scaling=None, **options):
         seen["weights"].append(attention_weights(query, key, mask, scaling)[0])  # [heads, seq, seq]
@@ -110,7 +105,8 @@ def _run(model, embeds):
         )
         hooks.callback(last.remove)
         with torch.inference_mode(), attending(model, keep_weights):
-            model.model(inputs_embeds=embeds, use_cache=False)
+            output = model.model(inputs_embeds=embeds, use_cache=False)
+    seen["read"] = output.last_hidden_state[0].clone()  # not an inference tensor any more
     return seen
 
 

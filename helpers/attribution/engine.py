@@ -31,7 +31,8 @@ from helpers.questions import Facts, Question, read_facts
 # not been measured.
 TOKENS_PER_BATCH = {"cpu": 2048, "other": 16_384}
 FULL_PASS = 256  # tokens in a pass from which a processor is about as fast as it gets
-LOGITS_AT_ONCE = 2**25  # numbers of the whole vocabulary's logits that are held together
+LOGITS_AT_ONCE = {"cpu": 2**25, "other": 2**28}  # numbers of whole vocabularies in one pass
+FINE = ("tokens", "words")  # units so small that a replacement in their place still is a text
 PRECISIONS = {"bfloat16": torch.bfloat16}
 
 
@@ -70,7 +71,7 @@ def texts_and_outputs(question: Question) -> tuple[list[list[int]], list[Output]
     same = 0
     while target[same] == foil[same]:  # neither begins with the other
         same += 1
-    texts = []
+    texts: list[list[int]] = []
     outputs = [Output(0, last + same, target[same], foil[same])]
     for branch, sign in ((target, 1), (foil, -1)):
         rest = range(same + 1, len(branch))
@@ -89,6 +90,7 @@ def shape_of(question: Question) -> tuple:
         tuple((o.text, o.position, o.foil >= 0, o.sign) for o in outputs),
         question.objective,
         question.foil is None,
+        question.grouping in FINE,
     )
 
 
@@ -153,7 +155,10 @@ class Asked:
         return self._values(self._run(self.embeds if rows is None else rows, owner).logits)
 
     def settle(self) -> None:
-        """Run the texts once where something about the questions is open: see ``facts``."""
+        """Run the texts once where something about the questions is open: see ``facts``.
+
+        A variant that is run before the texts does so by itself.
+        """
         if self.facts is None and not self.known:
             with torch.inference_mode():
                 self.values()
@@ -172,16 +177,23 @@ class Asked:
         return self._values(self._run(row, owner, places, **options).logits)
 
     def _run(self, rows, owner, places=None, **options):
-        length = rows.shape[2]
+        if rows.data_ptr() != self.embeds.data_ptr() or len(rows) != len(self):
+            self.settle()  # facts are read off the texts themselves, never off a variant
         if owner is None:
-            owner = torch.arange(len(self))
-            if len(rows) != len(self):
-                owner = owner.repeat(len(rows) // len(self))
+            owner = torch.arange(len(self)).repeat(len(rows) // len(self))
         places = self.positions.expand(len(rows), -1) if places is None else places
-        keep = int(length - places.min())
-        self._reading = owner, places + keep - length, keep
+        keep = self.look(owner, places, rows.shape[2])
         options.setdefault("use_cache", False)
         return self.model(inputs_embeds=rows.flatten(0, 1), logits_to_keep=keep, **options)
+
+    def look(self, owner: Tensor, places: Tensor, length: int) -> int:
+        """Say what the next pass is to read: ``places`` [rows, outputs] of rows of ``length``.
+
+        Returns how many positions, counted from the last one, that are.
+        """
+        keep = int(length - places.min())
+        self._reading = owner, places + keep - length, keep
+        return keep
 
     def _values(self, logits, to_first_order=False):
         """[rows, outs] of what ``_run`` let the model return.
@@ -195,7 +207,7 @@ class Asked:
             logits = _gathered(logits[:, -keep:], self, at).flatten(1)  # [rows, outputs x vocab]
         else:
             logits = logits[:, 0]
-        if self.facts is None and not self.known and len(logits) == len(self):
+        if self.facts is None and not self.known:
             beside = self.readout is not None and not self.whole_vocabulary
             self._keep_facts(logits[:, few:] if beside else logits)
         if self.readout is not None and not self.whole_vocabulary:
@@ -208,7 +220,7 @@ class Asked:
         else:
             target, foil = logits.unbind(dim=2)
         pairs = self.pairs.to(device)
-        other = foil * pairs
+        other = foil.where(pairs, 0)
         if self.whole_vocabulary and to_first_order:
             other = torch.where(pairs, foil, (logits.softmax(dim=2) * logits).sum(dim=2))
         elif self.whole_vocabulary:
@@ -224,17 +236,21 @@ class Asked:
             read_facts(logits[row, plain], question.target, question.rival)
             for row, question in enumerate(self.questions)
         ]
-        found = torch.tensor([facts.target[:1] for facts in self.facts])
-        self.targets = torch.where(self.targets < 0, found, self.targets)  # what was open
+        self.open_to([facts.target[0] for facts in self.facts])
+
+    def open_to(self, found: list[int]) -> None:
+        """Let an open target be the token id ``found``, one a question."""
+        self.targets = torch.tensor(found)[:, None].where(self.targets < 0, self.targets)
 
     # --- gradients -----------------------------------------------------------------------------
 
     def reactions(
         self, rows: Tensor, of: Callable[[Tensor], Tensor], owner: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Values [rows, outs], and ``of`` each out's gradient [rows, columns, dim]: [rows, outs, …].
+        """Values [rows, outs], and ``of`` each out's gradient: [rows, outs, …].
 
-        The gradient of a position that several texts share is the sum over them.
+        ``of`` is given gradients [rows, columns, dim]. That of a position that several texts share
+        is the sum over them.
         """
         rows = rows.detach().requires_grad_(True)  # a leaf
         values = self.values(rows, owner)
@@ -245,9 +261,7 @@ class Asked:
         """The gradient of each out with respect to ``rows``; the graph goes with the last one."""
         for out in range(values.shape[1]):
             last = out == values.shape[1] - 1
-            (grad,) = torch.autograd.grad(
-                values[:, out].sum(), rows, retain_graph=keep or not last
-            )
+            (grad,) = torch.autograd.grad(values[:, out].sum(), rows, retain_graph=keep or not last)
             yield grad
 
     def in_columns(self, some: Tensor) -> Tensor:
@@ -262,21 +276,25 @@ class Asked:
             member[index, list(unit.positions)] = 1
         return scores @ member.T
 
-    def directions(self) -> Tensor:
-        """What each out reads in the last hidden states, as rows: [questions, outputs, dim].
+    def read_states(self, hidden: Tensor, row: int) -> tuple[Tensor, Tensor]:
+        """What each output of question ``row`` reads in its last hidden states [outputs, dim].
 
-        With the normaliser taken to first order: the target's row of the output layer minus the
-        mean row that the model itself expects, or minus the foil's.
+        Its direction, [outputs, dim], the normaliser taken to first order: the target's row of the
+        output layer minus the mean row that the model itself expects, or minus the foil's. And its
+        value to first order, [outputs].
         """
         if self.readout is None:
             raise InputError("The output layer of this model is not a plain matrix in memory.")
-        with torch.no_grad():
-            self.values()
-        seen = self.readout.hidden.detach().requires_grad_(True)  # [questions, outputs, dim]
-        with torch.enable_grad():
-            logits = self.readout.read(seen)
-            (grad,) = torch.autograd.grad(self._values(logits[:, None]).sum(), seen)
-        return grad
+        seen = hidden.detach()[None].requires_grad_(True)
+        self.look(torch.tensor([row]), self.positions[None], self.embeds.shape[2])
+        every, self.each = self.each, True
+        try:
+            with torch.enable_grad():
+                logits = self.readout.read(seen)[:, None]
+                (grad,) = torch.autograd.grad(self._values(logits).sum(), seen)
+            return grad[0], self._values(logits.detach(), to_first_order=True)[0]
+        finally:
+            self.each = every
 
     # --- variants ------------------------------------------------------------------------------
 
@@ -359,12 +377,9 @@ class Asked:
 
     def in_batches(self, run: Callable, items: Any, length: int) -> list:
         """``in_batches`` for rows of ``length`` tokens a text, whole vocabularies counted too."""
-        texts, outputs = self.embeds.shape[1], len(self.positions)
-        most = len(items)
-        if self.whole_vocabulary or self.readout is None:
-            vocabulary = len(self.model.get_input_embeddings().weight)
-            most = max(1, LOGITS_AT_ONCE // (outputs * vocabulary))
-        return in_batches(self.model, run, items, length * texts, most)
+        whole = self.whole_vocabulary or self.readout is None
+        most = vocabularies_at_once(self.model, len(self.positions)) if whole else None
+        return in_batches(self.model, run, items, length * self.embeds.shape[1], most)
 
 
 def _gathered(hidden, asked, at):
@@ -405,28 +420,31 @@ class Readout(nn.Module):
         head, asked = self.held
         if asked.whole_vocabulary:
             return head(hidden.flatten(0, 1)).float().unflatten(0, hidden.shape[:2]).flatten(1)
+        found = self._whole(head, asked, hidden.detach()) if self.whole else None
         if self.weight is None:
-            self._select(head, asked)
+            self.weight, self.bias = self._selected(head, asked)
         owner = asked._reading[0].to(hidden.device)
         weight = self.weight[owner]  # [rows, outputs, 2, dim]
         few = (weight @ hidden.float()[..., None])[..., 0]  # [rows, outputs, 2]
         if self.bias is not None:
             few = few + self.bias[owner]
-        if not self.whole:
-            return few.flatten(1)
-        with torch.no_grad():
-            size = max(1, LOGITS_AT_ONCE // (len(head.weight) * hidden.shape[1]))
-            some = [head(rows.flatten(0, 1)).float() for rows in hidden.detach().split(size)]
-        return torch.cat([few.flatten(1), torch.cat(some).view(len(hidden), -1)], dim=1)
+        return few.flatten(1) if found is None else torch.cat([few.flatten(1), found], dim=1)
 
-    def _select(self, head, asked):
+    def _whole(self, head, asked, hidden):
+        """All logits [rows, outputs x vocab], which tell the open targets too."""
+        with torch.no_grad():
+            logits = head(hidden.flatten(0, 1)).float().unflatten(0, hidden.shape[:2])
+        if bool((asked.targets < 0).any()):
+            asked.open_to(logits[:, 0].argmax(dim=-1).tolist())
+        return logits.flatten(1)
+
+    def _selected(self, head, asked):
         # made outside of inference mode, since a later pass may want a gradient through them
         with torch.inference_mode(False), torch.no_grad():
             device = head.weight.device
             ids = torch.stack([asked.targets, asked.foils.clamp_min(0)], dim=2).to(device)
-            self.weight = head.weight.detach()[ids].float()  # [questions, outputs, 2, dim]
-            if head.bias is not None:
-                self.bias = head.bias.detach()[ids].float()
+            bias = None if head.bias is None else head.bias.detach()[ids].float()
+            return head.weight.detach()[ids].float(), bias  # [questions, outputs, 2, …]
 
 
 @contextlib.contextmanager
@@ -503,7 +521,7 @@ def embed_prompt(model: Any, question: Question) -> Tensor:
 
 
 def objective(model: Any, embeds: Tensor, question: Question) -> Tensor:
-    """The number that is explained, for each row of ``embeds`` [rows, seq, dim]: FloatTensor [rows].
+    """The number that is explained, FloatTensor [rows], of rows of ``embeds`` [rows, seq, dim].
 
     ``log p(target | prompt) - log p(foil | prompt)`` in nats, or raw logits where the question asks
     for them. Rows stand in the place of the prompt; target and foil are what they are.
@@ -585,9 +603,7 @@ def working_precision(model: Any, precision: str | None) -> Iterator[None]:
                 linear.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
                 if bias is not None:
                     linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-                hooks.append(
-                    linear.register_forward_pre_hook(lambda m, args: (args[0].to(dtype),))
-                )
+                hooks.append(linear.register_forward_pre_hook(lambda m, args: (args[0].to(dtype),)))
             if found and isinstance(model, LlamaForCausalLM):
                 for layer in model.model.layers:
                     for norm in (layer.input_layernorm, layer.post_attention_layernorm):
@@ -622,8 +638,8 @@ def attending(model: Any, function: Callable) -> Iterator[None]:
     """
     found = model.config._attn_implementation
     token = _attend.set(function)
-    model.set_attn_implementation(OURS)
     try:
+        model.set_attn_implementation(OURS)
         yield
     finally:
         model.set_attn_implementation(found)
@@ -672,6 +688,13 @@ def token_budget(model: Any) -> int:
     device = model.get_input_embeddings().weight.device
     most = TOKENS_PER_BATCH["cpu" if device.type == "cpu" else "other"]
     return max(1, min(most, int(0.5 * free_memory(device) / gradient_bytes(model))))
+
+
+def vocabularies_at_once(model: Any, outputs: int) -> int:
+    """How many rows may have the logits of the whole vocabulary at so many places together."""
+    table = model.get_input_embeddings().weight
+    most = LOGITS_AT_ONCE["cpu" if table.device.type == "cpu" else "other"]
+    return max(1, most // (outputs * len(table)))
 
 
 def free_memory(device: torch.device) -> int:

@@ -26,7 +26,7 @@ class Price:
     """Rows that a method runs: with a gradient, or only forward.
 
     ``share`` is the part of a forward row that is really run, in the mean: rows share what comes
-    before their first change. ``memory`` counts floats that are held beside one pass.
+    before their first change.
     """
 
     gradients: float = 0
@@ -108,9 +108,7 @@ BUILT_IN = [
     Method("attention", attention, _one_forward, signed=False),
     Method("attention_rollout", attention_rollout, _one_forward, signed=False),
     Method("alti_logit", alti_logit, _one_forward, adds_up=True, refusal=is_llama),
-    Method(
-        "relevance", relevance, _one_gradient, adds_up=True, refusal=is_llama, reads="gradient"
-    ),
+    Method("relevance", relevance, _one_gradient, adds_up=True, refusal=is_llama, reads="gradient"),
     Method(
         "integrated_gradients",
         integrated_gradients,

@@ -19,9 +19,7 @@ LEAST_WIDTH = 2**-20  # of the path: a piece whose ends float32 can hardly tell 
 Points = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def baseline_embeds(
-    model: Any, question: Question, baseline: str | Tensor = "mean"
-) -> Tensor:
+def baseline_embeds(model: Any, question: Question, baseline: str | Tensor = "mean") -> Tensor:
     """What a prompt that says nothing looks like: embeddings [1, seq, dim] to compare with.
 
     ``"mean"`` puts the average of all token embeddings at each position, ``"eos"`` the
@@ -29,11 +27,14 @@ def baseline_embeds(
 
     notebooks/07_integrated_gradients.ipynb takes it apart.
     """
+    return _start(Asked(model, [question]), baseline)[:, : question.input_ids.shape[1]]
+
+
+def _start(asked, baseline):
+    """``baseline`` in the place of all that is explained, [questions, columns, dim]."""
     if isinstance(baseline, str) and baseline not in ("mean", "eos", "zero"):
         raise InputError(f"There is no baseline {baseline!r}: use mean, eos, zero or a tensor.")
-    found = blank(Asked(model, [question]), baseline)
-    assert found is not None
-    return found[:, : question.input_ids.shape[1]]
+    return blank(asked, baseline)
 
 
 def simpson(alphas, slopes):
@@ -148,7 +149,6 @@ def integrated_gradients(
             f"Integrated gradients need a tolerance above 0, not {tolerance}, and at least "
             f"{FIRST_EVALUATIONS} evaluations, not {max_evaluations}."
         )
-    asked.settle()
     found = []
     for row in range(len(asked)):
         done = refine(_points(asked, row, baseline), tolerance, max_evaluations)
@@ -165,11 +165,9 @@ def _points(asked, row, baseline):
     stands for is missed, not invented: at the zero baseline the gradient is multiplied by
     1/sqrt(eps) in every norm of every layer.
     """
-    if isinstance(baseline, str) and baseline not in ("mean", "eos", "zero"):
-        raise InputError(f"There is no baseline {baseline!r}: use mean, eos, zero or a tensor.")
     texts, columns = asked.embeds[row], asked.columns  # [texts, length, dim]
     start = texts.clone()
-    start[:, :columns] = blank(asked, baseline)[row]
+    start[:, :columns] = _start(asked, baseline)[row]
     step = texts - start
 
     def run(some):
@@ -203,7 +201,7 @@ def fixed_step_integrated_gradients(
     """
     with asking(model, [question]) as asked:
         start = asked.embeds.clone()
-        start[:, :, : asked.columns] = blank(asked, baseline)[:, None]
+        start[:, :, : asked.columns] = _start(asked, baseline)[:, None]
 
         def forward(rows):
             return asked.values(rows, torch.zeros(len(rows), dtype=torch.long))[:, 0]

@@ -6,16 +6,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from helpers.attribution.engine import Asked, end_of_text
+from helpers.attribution.engine import FINE, Asked, end_of_text
 from helpers.attribution.result import Attribution, attribution
 from helpers.errors import InputError
 
 REPLACEMENTS = ("mean", "eos", "neighbour", "zero", "remove")
 
 
-def occlusion(
-    asked: Asked, replacement: str | Tensor | None = None
-) -> list[Attribution]:
+def occlusion(asked: Asked, replacement: str | Tensor | None = None) -> list[Attribution]:
     """How far the objective falls when one unit at a time is gone: signed, in nats.
 
     Of a log-probability, a positive score says that the answer is less probable without the unit.
@@ -77,10 +75,8 @@ def shapley(
             scores, errors = pairs.mean(dim=0), pairs.std(dim=0) / math.sqrt(len(pairs))
         # the first subset of both is the empty one
         moved = whole[row].double().cpu() - of_sets.flatten(0, -2)[0]
-        result = attribution(
-            asked, row, scores, moved=moved, errors=errors, forwards=len(rows) + 1
-        )
-        found.append(replace(result, closed=result.gap < 1e-2))
+        result = attribution(asked, row, scores, moved=moved, errors=errors, forwards=len(rows) + 1)
+        found.append(replace(result, closed=(result.gap or 0) < 1e-2))
     return found
 
 
@@ -115,24 +111,23 @@ def blank(asked: Asked, replacement: str | Tensor | None = None) -> Tensor | Non
     ``"mean"`` is the average of all token embeddings, ``"eos"`` the end-of-text token's, ``"zero"``
     zeros, ``"neighbour"`` the token before the unit (after it, for the first): a word of this very
     prompt, where the others are vectors that no text has in that place. ``"remove"`` takes the
-    tokens out, so that what follows moves up. A tensor is used as it is, broadcast to [columns,
+    tokens out, so that what follows moves up; where nothing is left to read, the end-of-text token
+    stands alone. A tensor is used as it is, broadcast to [columns,
     dim]. By default tokens and words are replaced by the mean, and sentences, turns and sources
     removed: a run of average embeddings is no text.
 
     Raises ``InputError`` for any other.
     """
     if replacement is None:
-        coarse = asked.questions[0].grouping not in ("tokens", "words")
-        replacement = "remove" if coarse else "mean"
+        replacement = "mean" if asked.questions[0].grouping in FINE else "remove"
     embeds = asked.embeds[:, 0, : asked.columns]  # [questions, columns, dim]
     if isinstance(replacement, Tensor):
         try:
             return replacement.to(embeds).expand_as(embeds)
         except RuntimeError as error:
             raise InputError(
-                f"The baseline is {list(replacement.shape)} and the prompt "
-                f"{list(embeds.shape[1:])}: give one vector, one vector for each token, or a tensor "
-                "of the prompt's shape."
+                f"The baseline is {list(replacement.shape)} and what is read "
+                f"{list(embeds.shape[1:])}: give one vector, or one vector for each token."
             ) from error
     if replacement == "remove":
         return None

@@ -62,8 +62,8 @@ def is_llama(model: Any) -> str | None:
     if isinstance(model, LlamaForCausalLM):
         return None
     return (
-        f"It has rules for LlamaForCausalLM, and this is a {type(model).__name__}: take a Llama, or "
-        "another method, such as integrated_gradients."
+        f"It has rules for LlamaForCausalLM, and this is a {type(model).__name__}: take a Llama, "
+        "or another method, such as integrated_gradients."
     )
 
 

@@ -14,8 +14,7 @@ from helpers.prompts import Unit, token_labels
 class Attribution:
     """Scores with the evidence that goes with them.
 
-    ``scores``       FloatTensor [units] on the CPU; in nats (differences of log-probabilities, which
-                     differences of logits are too) where the method has a sign
+    ``scores``       FloatTensor [units] on the CPU; in nats where the method has a sign
     ``units``        what each score is of; see ``Question``
     ``each``         FloatTensor [outputs, units]: the scores of each output by itself, where
                      ``each=True`` asked for them. ``outputs`` names them: the tokens of the target,
@@ -28,7 +27,8 @@ class Attribution:
                      none was. Scores that did not close are not yet those of the model
     ``errors``       FloatTensor [units], the estimated error of each score, in the scores' unit;
                      ``None`` where the method makes no estimate
-    ``evaluations``  rows of which a gradient was computed
+    ``evaluations``  rows of which a gradient was computed: variants of what is read, each of which
+                     is one text, or two where target and foil go on in texts of their own
     ``forwards``     rows that were only run forward
     ``signed``       whether a negative score means "pushed the answer away"
     ``notes``        sentences: what is weak about the question or the scores
