@@ -45,16 +45,32 @@ class LinearCausalModel(nn.Module):
         logits = self.bias + shares.cumsum(dim=1)
         return SimpleNamespace(logits=logits[:, -logits_to_keep:])
 
+    def known_gradients(self, question):
+        """The gradient of each output's raw logit, [outputs, columns, dim]: the same everywhere.
+
+        Output i is the logit of target token i, read behind those before it; with a foil, which is
+        one token as the target then is, less the foil's.
+        """
+        seq, target = question.input_ids.shape[1], question.target
+        rows = torch.zeros(len(target), seq + len(target) - 1, DIM)
+        for i, token in enumerate(target):
+            rows[i, : seq + i] = self.weight[: seq + i, token]
+            if question.foil is not None:
+                rows[i, : seq + i] -= self.weight[: seq + i, question.foil[0]]
+        return rows
+
+    def known_rows(self, question):
+        """Each column's exact share of each output's raw logit, [outputs, columns]."""
+        read = torch.cat([question.input_ids[0], torch.tensor(question.target[:-1]).long()])
+        return (self.known_gradients(question) * self.embed(read)).sum(dim=-1)
+
     def known_gradient(self, question):
-        """The gradient of the objective, [seq, dim]: the same at every point of a linear model."""
-        weight = self.weight[: question.input_ids.shape[1]]
-        if question.foil is None:
-            return weight[:, question.target]
-        return weight[:, question.target] - weight[:, question.foil]
+        """The gradient of the sum of the outputs, [columns, dim]."""
+        return self.known_gradients(question).sum(dim=0)
 
     def known_scores(self, question):
-        """Each token's exact share of the objective, [seq]."""
-        return (self.known_gradient(question) * self.embed(question.input_ids[0])).sum(dim=-1)
+        """Each column's exact share of the sum of the outputs, [columns]."""
+        return self.known_rows(question).sum(dim=0)
 
 
 def _eighths(shape, generator):

@@ -12,15 +12,28 @@ def rows_run(model, run):
     rows = {True: 0, False: 0}
 
     def count(module, inputs, named):
-        batch = named.get("inputs_embeds", inputs[0] if inputs else named.get("input_ids"))
+        given = [named.get("inputs_embeds"), named.get("input_ids"), *inputs]
+        batch = next(each for each in given if each is not None)
         rows[torch.is_grad_enabled() and batch.requires_grad] += len(batch)
 
-    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    # what has layers, without its output layer: some methods run only that
+    inner = getattr(model, "base_model", model)
+    handle = inner.register_forward_pre_hook(count, with_kwargs=True)
     try:
         result = run()
     finally:
         handle.remove()
     return result, rows[True], rows[False]
+
+
+def backward_passes(module, run):
+    """``run()``, and how often a gradient went back through ``module`` on the way."""
+    passes = []
+    handle = module.register_full_backward_pre_hook(lambda module, grads: passes.append(1))
+    try:
+        return run(), len(passes)
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

@@ -132,7 +132,9 @@ def attribute_all(
     Raises ``InputError``, before anything is run, for an unknown method or option and for a method
     that does not support this model.
     """
-    wanted = dict(methods) if isinstance(methods, Mapping) else {name: {} for name in methods}
+    wanted: dict[str, dict[str, Any]] = {name: {} for name in methods}
+    if isinstance(methods, Mapping) and methods is not METHODS:
+        wanted = {name: dict(options) for name, options in methods.items()}
     for name, options in wanted.items():
         refused = METHODS[name].refusal(model)
         if refused is not None:

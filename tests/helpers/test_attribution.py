@@ -1,26 +1,36 @@
 """Attributions against answers known some other way: by hand, by Captum, by finite differences."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import by_hand
 import captum.attr
 import pytest
 import torch
+import yaml
 from linear_model import LinearCausalModel
 from llama3_rope import LLAMA3_ROPE
+from transformers import AttentionInterface, AttentionMaskInterface
 from watching import rows_run
 
-from helpers import METHODS, InputError, ask, attribute, tiny_llama
+from helpers import METHODS, InputError, ask, attribute, attribute_all, tiny_llama
 from helpers.attribution import (
+    BUDGET,
+    Method,
+    asking,
+    attributions,
     baseline_embeds,
     completeness_gap,
     embed_prompt,
     fixed_step_integrated_gradients,
-    last_attention_rows,
     objective,
     objective_gradient,
 )
+from helpers.attribution.attention import attention_rows
+from helpers.questions import read_question
 
 PROMPT = "Riga is in"
+PROMPTS = Path(__file__).parents[2] / "benchmarks" / "prompts" / "tuning.yml"
 VARIANTS = {
     "one key-value head": {"key_value_heads": 1},
     "two key-value heads": {"key_value_heads": 2},
@@ -29,7 +39,23 @@ VARIANTS = {
     "llama3 rope": {"rope_parameters": LLAMA3_ROPE},
 }
 
+SHAPES = {
+    "next token": {},
+    "foil": {"target": "a", "foil": "b"},
+    "two tokens": {"target": "ab"},
+    "two texts": {"target": "ab", "foil": "cd"},
+    "a longer foil": {"target": "a", "foil": "bcd"},
+    "a longer target": {"target": "abc", "foil": "d"},
+    "a shared beginning": {"target": "abc", "foil": "abd"},
+    "two texts that begin alike": {"target": "axy", "foil": "abcd"},
+    "words": {"units": "words", "target": "a b", "foil": "c"},
+    "an answer in words": {"units": "words", "target": "is it"},
+    "raw logits": {"target": "ab", "objective": "logit"},
+    "raw logits in two texts": {"target": "ab", "foil": "cde", "objective": "logit"},
+}
+
 every_method = pytest.mark.parametrize("method", METHODS)
+every_shape = pytest.mark.parametrize("shape", SHAPES)
 with_and_without_foil = pytest.mark.parametrize("foil", [None, "b"], ids=["no foil", "foil"])
 
 
@@ -49,37 +75,61 @@ def same(scores, expected, tolerance=1e-4):
 # --- a model on which the right answer is known ------------------------------------------------
 
 
-@with_and_without_foil
-@pytest.mark.parametrize(
-    "method", ["gradient_x_input", "integrated_gradients", "occlusion", "shapley"]
-)
-def test_signed_methods_are_exact_on_a_linear_model(linear, tiny, method, foil):
-    question = ask(linear, tiny[1], PROMPT, target="a", foil=foil)
+SIGNED = ["gradient_x_input", "integrated_gradients", "occlusion", "shapley"]
+LINEAR = {  # questions whose objective is linear in this model
+    "foil": {"target": "a", "foil": "b"},
+    "logit": {"target": "a", "objective": "logit"},
+    "three logits": {"target": "abc", "objective": "logit"},
+}
+every_linear_question = pytest.mark.parametrize("options", LINEAR.values(), ids=LINEAR)
+
+
+@every_linear_question
+@pytest.mark.parametrize("method", SIGNED)
+def test_signed_methods_are_exact_on_a_linear_model(linear, tiny, method, options):
+    question = ask(linear, tiny[1], PROMPT, **options)
     known = linear.known_scores(question)
     assert known.abs().min() < known.abs().max()  # the answer is not a constant
     same(attribute(linear, question, method).scores, known, 1e-5)
 
 
-@with_and_without_foil
-def test_saliency_is_the_norm_of_the_known_gradient(linear, tiny, foil):
-    question = ask(linear, tiny[1], PROMPT, target="a", foil=foil)
-    same(
-        attribute(linear, question, "saliency").scores, linear.known_gradient(question).norm(dim=1)
-    )
+@pytest.mark.parametrize("method", SIGNED)
+def test_every_row_is_exact_on_a_linear_model(linear, tiny, method):
+    question = ask(linear, tiny[1], PROMPT, **LINEAR["three logits"])
+    result = attribute(linear, question, method, each=True)
+    same(result.each, linear.known_rows(question), 1e-5)
+    assert result.outputs == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("method", SIGNED)
+def test_a_unit_of_a_linear_model_has_the_sum_of_its_tokens(linear, tiny, method):
+    question = ask(linear, tiny[1], PROMPT, units="words", **LINEAR["three logits"])
+    known = by_hand.per_unit(linear.known_scores(question), question)
+    assert [unit.label for unit in question.units] == ["Riga", " is", " in", "ab"]
+    same(attribute(linear, question, method).scores, known, 1e-5)
+
+
+@every_linear_question
+def test_saliency_is_the_norm_of_the_known_gradient(linear, tiny, options):
+    question = ask(linear, tiny[1], PROMPT, **options)
+    result = attribute(linear, question, "saliency", each=True)
+    same(result.scores, linear.known_gradient(question).norm(dim=1))
+    same(result.each, linear.known_gradients(question).norm(dim=2))
 
 
 @pytest.mark.parametrize("baseline", ["mean", "zero", "eos"])
 def test_integrated_gradients_have_no_gap_on_a_linear_model(linear, tiny, baseline):
-    question = ask(linear, tiny[1], PROMPT, target="a")
+    question = ask(linear, tiny[1], PROMPT, target="a", foil="b")
     assert attribute(linear, question, "integrated_gradients", baseline=baseline).gap < 1e-5
 
 
 @pytest.mark.parametrize("method", ["integrated_gradients", "occlusion", "shapley"])
 def test_scores_are_relative_to_the_baseline(linear, tiny, method):
-    question = ask(linear, tiny[1], PROMPT, target="a")
+    question = ask(linear, tiny[1], PROMPT, target="a", foil="b")
     from_eos = linear.embed(question.input_ids[0]) - linear.embed.weight[tiny[1].eos_token_id]
     known = (linear.known_gradient(question) * from_eos).sum(dim=1)
-    same(attribute(linear, question, method, baseline="eos").scores, known, 1e-5)
+    name = "baseline" if method == "integrated_gradients" else "replacement"
+    same(attribute(linear, question, method, **{name: "eos"}).scores, known, 1e-5)
 
 
 def test_the_linear_model_is_causal_and_its_mean_embedding_zero(linear, tiny):
@@ -104,7 +154,8 @@ def test_methods_hold_what_the_notebooks_compare():
 
 
 def check_result(result, question, method):
-    assert result.scores.shape == (question.input_ids.shape[1],)
+    assert result.scores.shape == (len(question.units),)
+    assert result.units is question.units
     assert result.scores.dtype == torch.float32
     assert result.scores.device.type == "cpu"
     assert not result.scores.requires_grad
@@ -116,9 +167,26 @@ def check_result(result, question, method):
 
 
 @every_method
-@pytest.mark.parametrize("options", [{}, {"foil": "b"}, {"chat": True}], ids=str)
-def test_every_method_scores_each_token_with_one_finite_number(tiny, method, options):
-    question = a_question(tiny, **options)
+@every_shape
+def test_every_method_scores_each_unit_with_one_finite_number(tiny, method, shape):
+    question = a_question(tiny, **SHAPES[shape])
+    result = attribute(tiny[0], question, method)
+    check_result(result, question, method)
+    assert result.each is None and result.outputs == ()
+    every = attribute(tiny[0], question, method, each=True)
+    check_result(every, question, method)
+    assert every.each.shape == (len(every.outputs), len(question.units))
+    assert every.each.isfinite().all()
+
+
+@pytest.mark.parametrize("units", ["tokens", "words", "sentences", "turns"])
+@every_method
+def test_every_method_scores_a_conversation(tiny, method, units):
+    messages = [
+        {"role": "system", "content": "Be brief. Be kind."},
+        {"role": "user", "content": "Is it Riga?"},
+    ]
+    question = ask(*tiny, messages, units=units, target="Yes", foil="No")
     check_result(attribute(tiny[0], question, method), question, method)
 
 
@@ -159,10 +227,151 @@ def test_the_foil_changes_every_method_that_looks_at_the_answer(tiny, method):
 
 
 def test_the_score_of_a_foil_is_subtracted(tiny):
+    """Gradients are linear: log p(a) - log p(b), though each of them has a normaliser."""
+
     def scores(**options):
         return attribute(tiny[0], a_question(tiny, **options), "gradient_x_input").scores
 
     same(scores(target="a", foil="b"), scores(target="a") - scores(target="b"))
+    both = scores(target="ab", foil="cd")
+    apart = scores(target="ab")[: len(PROMPT)] - scores(target="cd")[: len(PROMPT)]
+    same(both, apart)
+
+
+# --- what is explained, against forms written out by hand --------------------------------------
+
+
+@every_shape
+def test_the_objective_is_what_the_chain_rule_says(tiny, shape):
+    model, question = tiny[0], a_question(tiny, **SHAPES[shape])
+    same(objective(model, embed_prompt(model, question), question), by_hand.value(model, question))
+    ids = question.input_ids[0].tolist()
+
+    def branch(target):  # token by token, each under its own prefix
+        total = 0.0
+        for place, token in enumerate(target):
+            logits = model(torch.tensor([[*ids, *target[:place]]])).logits[0, -1]
+            logs = logits.log_softmax(-1) if question.objective == "log_probability" else logits
+            total += logs[token].item()
+        return total
+
+    expected = branch(question.target) - (branch(question.foil) if question.foil else 0)
+    assert by_hand.value(model, question).item() == pytest.approx(expected, abs=1e-4)
+
+
+@every_shape
+def test_gradients_are_those_of_the_chain_rule(tiny, shape):
+    model, question = tiny[0], a_question(tiny, **SHAPES[shape])
+    grad = by_hand.gradient(model, question)[0]
+    seq = question.input_ids.shape[1]
+    ours = objective_gradient(model, embed_prompt(model, question), question)
+    near(ours[0], grad[:seq])
+    squares = by_hand.per_unit(grad.pow(2).sum(dim=-1), question)
+    near(attribute(model, question, "saliency").scores, squares.sqrt())
+    products = (grad * by_hand.columns(model, question)[0]).sum(dim=-1)
+    near(
+        attribute(model, question, "gradient_x_input").scores, by_hand.per_unit(products, question)
+    )
+
+
+def near(scores, expected):
+    """To 1e-5 of the largest."""
+    largest = float(expected.abs().max())
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5 * max(largest, 1))
+
+
+@every_shape
+@pytest.mark.parametrize("replacement", ["mean", "eos", "zero", "neighbour", "remove"])
+def test_occlusion_is_the_fall_without_each_unit(tiny, shape, replacement):
+    model, question = tiny[0], a_question(tiny, **SHAPES[shape])
+    result = attribute(model, question, "occlusion", replacement=replacement)
+    whole = by_hand.value(model, question).item()
+    falls = [
+        whole - by_hand.without(model, question, [unit], replacement)
+        for unit in range(len(question.units))
+    ]
+    near(result.scores, torch.tensor(falls))
+
+
+@pytest.mark.parametrize("units, default", [("words", "mean"), ("sentences", "remove")])
+def test_a_run_of_average_embeddings_does_not_stand_for_a_sentence(tiny, units, default):
+    question = ask(*tiny, "It is. It was! Is it?", units=units, target="a")
+    usual = attribute(tiny[0], question, "occlusion").scores
+    for replacement in ("mean", "remove"):
+        chosen = attribute(tiny[0], question, "occlusion", replacement=replacement).scores
+        assert torch.equal(chosen, usual) == (replacement == default)
+    assert len(question.units) == (9 if units == "words" else 3)
+
+
+@pytest.mark.parametrize("shape", ["two tokens", "two texts", "an answer in words", "words"])
+@pytest.mark.parametrize("replacement", ["mean", "remove"])
+def test_shapley_values_of_units_are_the_average_over_all_orders(tiny, shape, replacement):
+    from itertools import permutations
+
+    model = tiny[0]
+    question = ask(*tiny, "a b" if "words" in shape else "abc", **SHAPES[shape])
+    count = len(question.units)
+    value = {}
+    for kept in range(2**count):
+        gone = [unit for unit in range(count) if not kept >> unit & 1]
+        value[kept] = by_hand.without(model, question, gone, replacement)
+    total, orders = [0.0] * count, list(permutations(range(count)))
+    for order in orders:
+        there = 0
+        for unit in order:
+            total[unit] += value[there | 1 << unit] - value[there]
+            there |= 1 << unit
+    result = attribute(model, question, "shapley", replacement=replacement)
+    same(result.scores, torch.tensor(total) / len(orders))
+    assert result.gap < 1e-5 and result.errors.eq(0).all()
+
+
+def test_twelve_passages_cost_twelve_rows(tiny):
+    passages = [f"Passage {number} is about {'water ' * number}." for number in range(10, 22)]
+    question = ask(*tiny, "\n".join(passages), sources=passages, target="a")
+    result, _, rows = rows_run(tiny[0], lambda: attribute(tiny[0], question, "occlusion"))
+    assert [unit.label.strip() for unit in question.units] == passages
+    assert result.forwards == rows == 12 + 1
+
+
+def test_a_positive_score_says_that_the_answer_is_less_probable_without_the_token(bundled):
+    """On forty prompts, each token: by asking the model again, without anything of ours."""
+    model, tokenizer = bundled
+    entries = yaml.safe_load(PROMPTS.read_text(encoding="utf-8"))
+    assert len(entries) >= 40
+    table = model.get_input_embeddings().weight
+    texts = [entry if isinstance(entry, str) else entry["prompt"] for entry in entries]
+    shortest = sorted(texts, key=len)[:40]
+    questions = [read_question(tokenizer, text, model=model) for text in shortest]
+    signs = 0
+    for question, results in attribute_all(model, questions, ["occlusion"]):
+        rows = table[question.input_ids].repeat(len(question.labels) + 1, 1, 1)
+        rows[range(1, len(rows)), range(len(rows) - 1)] = table.mean(dim=0)
+        with torch.inference_mode():
+            odds = model(inputs_embeds=rows).logits[:, -1].softmax(-1)[:, question.target[0]]
+        assert question.probability == pytest.approx(odds[0].item(), rel=1e-3)
+        scores = results["occlusion"].scores
+        clear = (odds[1:] / odds[0] - 1).abs() > 1e-4
+        assert torch.equal((scores > 0)[clear], (odds[1:] < odds[0])[clear])
+        same(scores, (odds[0] / odds[1:]).log(), 1e-2)
+        signs += int((scores < 0).sum())
+    assert signs > 10  # some tokens do push the answer away
+
+
+# --- rows of a whole answer --------------------------------------------------------------------
+
+
+@every_shape
+@pytest.mark.parametrize("method", ["gradient_x_input", "relevance", "alti_logit", "occlusion"])
+def test_rows_add_up_to_the_scores_of_the_sum(tiny, method, shape):
+    question = a_question(tiny, **SHAPES[shape])
+    result = attribute(tiny[0], question, method, each=True)
+    alone = attribute(tiny[0], question, method)
+    largest = float(result.each.abs().max())
+    same(result.each.sum(dim=0), alone.scores, 1e-4 * max(1, largest))
+    same(result.scores, alone.scores, 1e-4 * max(1, largest))
+    assert (result.gap is None) == (alone.gap is None)
+    assert result.gaps is None or len(result.gaps) == len(result.each)
 
 
 # --- the model is left as it was found ---------------------------------------------------------
@@ -177,6 +386,18 @@ def state(model):
         training=[module.training for module in model.modules()],
         hooks=hooks,
         bytes=[weight.sum().item() for weight in model.parameters()],
+        head=id(model.get_output_embeddings()),
+        registries=[
+            dict(registry._global_mapping)
+            for registry in (AttentionInterface, AttentionMaskInterface)
+        ],
+        torch=(
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+            torch.get_rng_state().tolist(),
+        ),
     )
 
 
@@ -192,15 +413,17 @@ def thaw(model, which):
 def test_the_model_is_left_as_found(method, weights, training):
     model, tokenizer = tiny_llama()
     thaw(model, weights).train(training)
-    question = a_question((model, tokenizer))
+    question = a_question((model, tokenizer), target="ab", foil="cd")
     before = state(model)
-    attribute(model, question, method)
+    attribute(model, question, method, each=training)
+    attribute(model, question, method, precision="bfloat16")
     assert state(model) == before
     assert before.grads == [None] * len(before.grads)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"random"}))
-def test_the_model_is_left_as_found_when_a_method_fails(method):
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+def test_the_model_is_left_as_found_when_a_method_fails(method, precision):
     model, tokenizer = tiny_llama()
     question = a_question((thaw(model, "half thawed"), tokenizer))
 
@@ -210,7 +433,21 @@ def test_the_model_is_left_as_found_when_a_method_fails(method):
     model.model.layers[1].register_forward_pre_hook(out_of_memory)
     before = state(model)
     with pytest.raises(MemoryError):
-        attribute(model, question, method)
+        attribute(model, question, method, precision=precision)
+    assert state(model) == before
+
+
+def test_the_model_is_as_found_between_two_questions_of_many():
+    """Also for one who stops half way: nothing is undone only when a generator is collected."""
+    model, tokenizer = tiny_llama()
+    questions = [ask(model, tokenizer, text) for text in ("Riga is in", "Oslo", "Rome is")]
+    before = state(model)
+    stream = attribute_all(model, questions, ["saliency", "occlusion"], precision="bfloat16")
+    for _, results in stream:
+        assert state(model) == before and set(results) == {"saliency", "occlusion"}
+        break
+    else:
+        pytest.fail("nothing came back")
     assert state(model) == before
 
 
@@ -263,15 +500,62 @@ def test_fixed_step_integrated_gradients_count_their_steps(tiny, n_steps):
 
 
 @every_method
-@with_and_without_foil
-def test_no_logit_is_computed_that_is_not_asked_for(tiny, method, foil):
-    model, question = tiny[0], a_question(tiny, foil=foil)
-    shapes = []
-    handle = model.register_forward_hook(lambda m, i, out: shapes.append(out.logits.shape[1:]))
-    attribute(model, question, method)
-    handle.remove()
-    assert set(shapes) <= {(1, 1 if foil is None else 2)}
-    assert shapes or method == "random"
+@pytest.mark.parametrize("shape", ["foil", "two tokens", "words"])
+def test_the_counts_are_the_rows_that_were_run_for_any_question(tiny, method, shape):
+    question = a_question(tiny, **SHAPES[shape])
+    for each in (False, True):
+        result, with_gradient, without = rows_run(
+            tiny[0], lambda each=each: attribute(tiny[0], question, method, each=each)
+        )
+        assert (result.evaluations, result.forwards) == (with_gradient, without)
+
+
+@every_method
+@pytest.mark.parametrize("units, prompt", [("tokens", PROMPT), ("words", "one two three " * 3)])
+def test_the_price_is_what_was_run(tiny, method, units, prompt):
+    """Of integrated gradients it is the mean over real prompts, and no more than was allowed."""
+    question = ask(*tiny, prompt, units=units, target="a", foil="b")
+    size = len(question.units), question.input_ids.shape[1]
+    options = METHODS[method].options(*size, BUDGET)
+    _, gradients, forwards = rows_run(
+        tiny[0], lambda: attribute(tiny[0], question, method, budget=BUDGET)
+    )
+    price = METHODS[method].price(*size, options)
+    if method == "integrated_gradients":
+        assert gradients <= options["max_evaluations"] and price.gradients > 0
+    elif method == "shapley":  # orders may share a subset
+        assert 0.8 * price.forwards <= forwards <= price.forwards
+    else:
+        assert (price.gradients, price.forwards) == (gradients, forwards)
+
+
+@pytest.mark.parametrize("budget, rows", [(BUDGET, 200), (2000, 80), (900, 40)])
+def test_a_budget_sets_the_number_of_orders_of_shapley_values(tiny, budget, rows):
+    question = a_question(tiny, foil="b")  # ten tokens
+    result = attribute(tiny[0], question, "shapley", budget=budget)
+    assert result.forwards <= min(rows, budget // 10) and result.forwards > rows / 3
+    chosen = attribute(tiny[0], question, "shapley", budget=budget, permutations=4)
+    assert chosen.forwards <= 4 * 9 + 3  # what is asked for by name goes before the budget
+
+
+def test_a_method_that_a_budget_cannot_pay_is_refused_or_left_out(tiny):
+    question = a_question(tiny, foil="b")
+    with pytest.raises(InputError, match=r"budget of 300 .* too small for shapley"):
+        attribute(tiny[0], question, "shapley", budget=300)
+    ((_, results),) = attribute_all(tiny[0], [question], ["shapley", "saliency"], budget=300)
+    assert set(results) == {"saliency"}
+
+
+@pytest.mark.parametrize("budget", [None, BUDGET])
+def test_one_and_many_give_the_same_numbers_for_the_same_budget(tiny, budget):
+    questions = [ask(*tiny, text, foil="b") for text in ("Riga is in", "Oslo", "one two three ")]
+    every = list(attribute_all(tiny[0], questions, METHODS, budget=budget))
+    for question, results in every:
+        assert list(results) == list(METHODS)
+        for name, result in results.items():
+            alone = attribute(tiny[0], question, name, budget=budget)
+            same(result.scores, alone.scores, 1e-4)
+            assert (result.forwards, result.evaluations) == (alone.forwards, alone.evaluations)
 
 
 # --- gradients ---------------------------------------------------------------------------------
@@ -299,11 +583,23 @@ def test_the_gradient_agrees_with_finite_differences(variant, foil):
         same((up - down) / (2 * step), slope, 1e-2)
 
 
-def test_the_objective_is_the_logit_less_the_foils(tiny):
+def test_one_token_against_one_is_the_difference_of_their_logits(tiny):
     question = a_question(tiny, target="a", foil="b")
     logits = tiny[0](question.input_ids).logits[0, -1]
     value = objective(tiny[0], embed_prompt(tiny[0], question), question)
-    same(value[0], logits[question.target] - logits[question.foil])
+    same(value[0], logits[question.target[0]] - logits[question.foil[0]])
+    for method in METHODS:  # the objective named is no other one here
+        raw = attribute(tiny[0], question, method, objective="logit").scores
+        assert torch.equal(raw, attribute(tiny[0], question, method).scores), method
+
+
+def test_the_raw_logit_can_be_asked_for(tiny):
+    question = a_question(tiny, target="a")
+    raw = a_question(tiny, target="a", objective="logit")
+    for method in ("gradient_x_input", "occlusion", "relevance", "alti_logit"):
+        named = attribute(tiny[0], question, method, objective="logit").scores
+        assert torch.equal(named, attribute(tiny[0], raw, method).scores)
+        assert not torch.allclose(named, attribute(tiny[0], question, method).scores)
 
 
 def captum_directly(model, question, start, **options):
@@ -361,35 +657,31 @@ def test_attention_does_not_depend_on_the_target(bundled):
     assert first.sum() == pytest.approx(1, abs=1e-4)
 
 
-def test_last_attention_rows_has_a_row_for_every_layer_and_head(bundled):
-    model, tokenizer = bundled
-    rows = last_attention_rows(model, ask(model, tokenizer, "Riga is in", target=" Latvia"))
-    config = model.config
-    assert rows.shape == (config.num_hidden_layers, config.num_attention_heads, 4)
-    same(rows.sum(dim=-1), torch.ones(rows.shape[:2]))
+def test_attention_rows_are_those_of_the_positions_that_read(tiny):
+    model, question = tiny[0], a_question(tiny, target="abc")
+    with asking(model, [question]) as asked:
+        rows = torch.stack(attention_rows(asked))  # [layers, 1, heads, outputs, length]
+    read = torch.cat([question.input_ids, torch.tensor([question.target[:-1]])], dim=1)
+    eager, _ = tiny_llama()
+    eager.set_attn_implementation("eager")
+    maps = torch.stack(eager(read, output_attentions=True).attentions)
+    same(rows, maps[:, :, :, -3:], 1e-6)
+    every = attribute(model, question, "attention", each=True)
+    same(every.each, maps[:, 0, :, -3:].mean(dim=(0, 1)), 1e-6)
+    same(every.scores, every.each.mean(dim=0), 1e-6)
 
 
 # --- replacing tokens, and the control ---------------------------------------------------------
 
 
-def test_occlusion_is_the_fall_of_the_logit_token_by_token(tiny):
-    model = tiny[0]
-    question = a_question(tiny, target="a")
-    embeds, blank = embed_prompt(model, question), model.get_input_embeddings().weight.mean(dim=0)
-    whole = model(inputs_embeds=embeds).logits[0, -1, question.target]
-    falls = []
-    for position in range(embeds.shape[1]):
-        without = embeds.clone()
-        without[0, position] = blank
-        falls.append(whole - model(inputs_embeds=without).logits[0, -1, question.target])
-    same(attribute(model, question, "occlusion").scores, torch.stack(falls))
-
-
 def test_occlusion_finds_the_country_in_the_capital_question(bundled):
     model, tokenizer = bundled
-    question = ask(model, tokenizer, "The capital city of Latvia is", target=" Rig", foil=" Tall")
+    question = ask(
+        model, tokenizer, "The capital city of Latvia is", target=" Riga", foil=" Tallinn"
+    )
     scores = attribute(model, question, "occlusion").scores
     assert question.labels[scores.argmax()] == " Latvia"
+    assert len(question.target) > 1 and len(question.foil) > 1
 
 
 def test_random_repeats_with_its_seed_and_changes_with_another(tiny):
@@ -436,18 +728,21 @@ def test_the_eos_baseline_takes_the_first_of_several_end_tokens():
     assert torch.equal(baseline_embeds(model, question, "eos"), one)
 
 
-def test_a_baseline_can_be_a_tensor(tiny):
+def test_a_replacement_can_be_a_tensor(tiny):
     question = a_question(tiny)
     mean = tiny[0].get_input_embeddings().weight.mean(dim=0)
-    given = attribute(tiny[0], question, "occlusion", baseline=mean).scores
-    same(given, attribute(tiny[0], question, "occlusion").scores)
+    for given in (mean, mean.expand(len(PROMPT), -1), mean.expand(1, len(PROMPT), -1)):
+        scores = attribute(tiny[0], question, "occlusion", replacement=given).scores
+        same(scores, attribute(tiny[0], question, "occlusion").scores)
+    with pytest.raises(InputError, match=r"\[7\] and what is read \[10, 32\]"):
+        attribute(tiny[0], question, "occlusion", replacement=torch.zeros(7))
 
 
 def test_at_its_own_baseline_no_token_moved_anything(tiny):
     question = a_question(tiny)
     itself = embed_prompt(tiny[0], question)
-    for method in ("integrated_gradients", "occlusion"):
-        result = attribute(tiny[0], question, method, baseline=itself)
+    for method, name in (("integrated_gradients", "baseline"), ("occlusion", "replacement")):
+        result = attribute(tiny[0], question, method, **{name: itself})
         same(result.scores, torch.zeros_like(result.scores), 1e-5)
 
 
@@ -460,8 +755,92 @@ def test_an_unknown_method_is_refused_with_the_known_ones(tiny):
     assert all(name in str(error.value) for name in ["grad_cam", *METHODS])
 
 
-@pytest.mark.parametrize("method", ["integrated_gradients", "occlusion"])
-def test_an_unknown_baseline_is_refused_with_the_known_ones(tiny, method):
+@pytest.mark.parametrize(
+    "method, name, known",
+    [
+        ("integrated_gradients", "baseline", "mean eos zero"),
+        ("occlusion", "replacement", "mean eos neighbour zero remove"),
+        ("shapley", "replacement", "mean eos neighbour zero remove"),
+    ],
+)
+def test_an_unknown_baseline_is_refused_with_the_known_ones(tiny, method, name, known):
     with pytest.raises(InputError) as error:
-        attribute(tiny[0], a_question(tiny), method, baseline="average")
-    assert all(name in str(error.value) for name in ("average", "mean", "eos", "zero"))
+        attribute(tiny[0], a_question(tiny), method, **{name: "average"})
+    assert all(word in str(error.value) for word in ("average", *known.split()))
+
+
+def test_an_unknown_option_is_refused_before_anything_is_run(tiny):
+    def refused():
+        with pytest.raises(InputError, match=r"occlusion cannot run: .*'baseline'"):
+            attribute(tiny[0], a_question(tiny, target="a", foil="b"), "occlusion", baseline="mean")
+        with pytest.raises(InputError, match="objective 'odds': use log_probability or logit"):
+            attribute(tiny[0], question, "saliency", objective="odds")
+
+    question = a_question(tiny)
+    ask_rows = rows_run(tiny[0], lambda: a_question(tiny, target="a", foil="b"))[2]
+    assert rows_run(tiny[0], refused)[1:] == (0, ask_rows)
+
+
+def test_an_error_of_a_method_itself_is_not_taken_for_a_wrong_option(tiny, monkeypatch):
+    def run(asked):
+        raise TypeError("model() got an unexpected keyword argument 'inputs_embeds'")
+
+    method = Method("odd", run, METHODS["saliency"].price)
+    monkeypatch.setitem(METHODS._found, "odd", method)
+    with pytest.raises(TypeError, match="inputs_embeds"):
+        attribute(tiny[0], a_question(tiny), "odd")
+
+
+# --- a method of one's own ---------------------------------------------------------------------
+
+
+def length_times_slope(asked, factor=1.0):
+    """The norm of each embedding, signed by nothing: a method in a few lines."""
+    embeds = asked.embeds[:, :1, : asked.columns].norm(dim=-1)  # [questions, 1, columns]
+    return attributions(asked, factor * embeds.expand(-1, asked.outs, -1), signed=False)
+
+
+def variant_first(asked):
+    """Looks at a variant before it looks at the prompt."""
+    rows = asked.embeds.clone()
+    rows[:, :, 0] = 0
+    changed, whole = asked.values(rows), asked.values()
+    scores = (whole - changed)[..., None].expand(-1, -1, asked.columns)
+    return attributions(asked, scores, forwards=2)
+
+
+def test_a_method_is_a_record_that_anybody_can_add(tiny, monkeypatch):
+    own = Method(
+        "own",
+        length_times_slope,
+        METHODS["random"].price,
+        signed=False,
+        options=lambda units, tokens, budget: {"factor": float(units)},
+    )
+    monkeypatch.setitem(METHODS._found, "own", own)
+    question = a_question(tiny, units="words")
+    lengths = embed_prompt(tiny[0], question)[0].norm(dim=-1)
+    result = attribute(tiny[0], question, "own")
+    near(result.scores, by_hand.per_unit(lengths, question))
+    assert result.method == "own" and not result.signed
+    near(attribute(tiny[0], question, "own", budget=BUDGET).scores, 3 * result.scores)
+    near(attribute(tiny[0], question, "own", budget=BUDGET, factor=2.0).scores, 2 * result.scores)
+    ((_, results),) = attribute_all(tiny[0], [question], ["own", "saliency"])
+    assert list(results) == ["own", "saliency"]
+
+
+@pytest.mark.parametrize("entry", [{}, {"foil": "b"}, {"target": "ab"}], ids=str)
+def test_a_variant_that_is_run_first_is_not_taken_for_the_prompt(tiny, monkeypatch, entry):
+    monkeypatch.setitem(
+        METHODS._found, "odd", Method("odd", variant_first, METHODS["random"].price)
+    )
+    model, tokenizer = tiny
+    question = read_question(tokenizer, PROMPT, model=model, **entry)
+    alone = ask(model, tokenizer, PROMPT, **entry)
+    ((found, results),) = attribute_all(model, [question], ["odd"])
+    assert (found.target, found.top) == (alone.target, alone.top)
+    assert found.probability == pytest.approx(alone.probability, rel=1e-4)
+    rows = by_hand.columns(model, alone)
+    rows[:, 0] = 0
+    expected = by_hand.value(model, alone) - by_hand.value(model, alone, rows)
+    same(results["odd"].scores[0], expected[0])
