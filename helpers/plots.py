@@ -39,15 +39,22 @@ _VISIBLE = {" ": "\N{OPEN BOX}", "\n": "↵", "\t": "⇥", "\r": "←"}
 
 
 def token_text(
-    ax: Any, labels: Labels, scores: Any, *, signed: bool = True, line_width: int = 72
+    ax: Any,
+    labels: Labels,
+    scores: Any,
+    *,
+    signed: bool = True,
+    line_width: int = 72,
+    limit: float | None = None,
 ) -> Any:
     """The prompt as running text, each token on a background that shows its score.
 
     ``labels`` holds seq strings and ``scores`` seq numbers. Up to 60 tokens also show the number;
-    beyond that, strong negative scores are hatched.
+    beyond that, strong negative scores are hatched. ``limit`` is the score at full colour, by
+    default the largest magnitude.
     """
     scores = np.asarray(scores, dtype=float)
-    colour, top = _colours(scores, signed)
+    colour, top = _colours(scores, signed, limit)
     numbers = len(labels) <= 60
     line_height = 2.0 if numbers else 1.3
     x, y = 0.0, 0.0
