@@ -162,7 +162,7 @@ def _render(tokenizer, messages):
         bad = next((index for index, mark in enumerate(marks) if marked.count(mark) != 1), None)
         if bad is None:
             break
-        problem = InputError(
+        problem = problem or InputError(
             f"The chat template {'repeats' if marks[bad] in marked else 'drops'} the text of "
             f"message {bad}: leave that message out, or ask the finished text with raw=True.",
             field="messages",
@@ -670,6 +670,7 @@ def _source_stretches(prompt, sources):
         for first, last, _ in [some for some in found if begin <= some[0] < end]:
             stretches += _segments(SentenceBreaker, prompt.text, at, first)
             stretches.append((first, last))
-            at = last
+            at = last + len(prompt.text[last:end]) - len(prompt.text[last:end].lstrip())
         stretches += _segments(SentenceBreaker, prompt.text, at, end)
-    return stretches
+    # what only separates two sources belongs to the one before
+    return [(begin, end) for begin, end in stretches if prompt.text[begin:end].strip()]

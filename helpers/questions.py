@@ -320,8 +320,8 @@ def completed(question: Question, facts: Facts) -> Question:
             )
     if facts.rank > BEST:
         notes.append(
-            f"The target is not among the model's ten best: its first token is number {facts.rank:,} "
-            "of the next tokens."
+            f"The target is not among the model's ten best: its first token is "
+            f"number {facts.rank:,} of the next tokens."
         )
     # an answer of many tokens is improbable as a whole, even where the model is sure of each
     if facts.probability ** (1 / count if own else 1) < WEAK:
