@@ -127,10 +127,15 @@ def born_in_notebooks():
                 yield pytest.param(function, found[1], id=function.__name__)
 
 
-def without_docstring(function):
+def as_a_reader_sees_it(function):
+    """The function as code, without its docstring and without the types of its signature."""
     first = function.body[0]
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
         function.body = function.body[1:]
+    function.returns = None
+    for argument in ast.walk(function.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
     return ast.dump(function)
 
 
@@ -144,7 +149,7 @@ def test_helper_is_the_function_its_notebook_wrote(function, notebook):
         if isinstance(node, ast.FunctionDef) and node.name == function.__name__
     ]
     assert len(written) == 1, f"{notebook} must define {function.__name__} once"
-    assert without_docstring(written[0]) == without_docstring(helper)
+    assert as_a_reader_sees_it(written[0]) == as_a_reader_sees_it(helper)
 
 
 # --- the guide ---------------------------------------------------------------------------------
