@@ -352,8 +352,9 @@ class Asked:
         if blank is None:
             blank = end_of_text(self.model).expand(len(self), self.columns, -1)
             kept = ~gone
-            nothing = ~kept[:, : int(places.min()) + 1].any(dim=1) & (first == 0)
-            stand_in = F.pad(nothing[:, None], (0, length - first - 1))  # of an empty text
+            prompt = self.questions[0].input_ids.shape[1]
+            nothing = ~kept[:, :prompt].any(dim=1) & (first == 0)
+            stand_in = F.pad(nothing[:, None], (0, length - first - 1))  # of an empty prompt
             index = (gone & ~stand_in).int().argsort(dim=1, stable=True)  # what stays comes first
             places = (~(gone & ~stand_in)).cumsum(dim=1).gather(1, places) - 1
             gone = (gone & stand_in).gather(1, index)

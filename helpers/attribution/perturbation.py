@@ -111,8 +111,8 @@ def blank(asked: Asked, replacement: str | Tensor | None = None) -> Tensor | Non
     ``"mean"`` is the average of all token embeddings, ``"eos"`` the end-of-text token's, ``"zero"``
     zeros, ``"neighbour"`` the token before the unit (after it, for the first): a word of this very
     prompt, where the others are vectors that no text has in that place. ``"remove"`` takes the
-    tokens out, so that what follows moves up; where nothing is left to read, the end-of-text token
-    stands alone. A tensor is used as it is, broadcast to [columns,
+    tokens out, so that what follows moves up; where nothing is left of a prompt, the end-of-text
+    token stands for it. A tensor is used as it is, broadcast to [columns,
     dim]. By default tokens and words are replaced by the mean, and sentences, turns and sources
     removed: a run of average embeddings is no text.
 

@@ -120,10 +120,8 @@ def attributions(asked: Any, scores: Tensor, **evidence: Any) -> list[Attributio
 
 
 def _output_labels(asked, row):
-    question, outputs = asked.questions[row], asked.outputs[row]
-    ids = [output.target for output in outputs]
-    labels = token_labels(question.tokenizer, ids) if question.tokenizer else map(str, ids)
-    return tuple(labels)
+    tokenizer, ids = asked.questions[row].tokenizer, asked.targets[row].tolist()
+    return tuple(token_labels(tokenizer, ids) if tokenizer else map(str, ids))
 
 
 def _plain(scores):

@@ -4,30 +4,31 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import by_hand
 import pytest
 import torch
 from linear_model import LinearCausalModel
 from llama3_rope import LLAMA3_ROPE
-from watching import tensor_sizes
+from toys import OTHERS, toy
+from transformers import AttentionInterface, AttentionMaskInterface
+from watching import backward_passes, rows_run, tensor_sizes
 
 from helpers import METHODS, InputError, ask, attribute, tiny_llama
-from helpers.attribution import (
-    baseline_embeds,
-    embed_prompt,
-    last_attention_rows,
-    objective,
-    objective_gradient,
-    replaced_values,
-)
+from helpers.attribution import asking, baseline_embeds, embed_prompt, objective, objective_gradient
+from helpers.attribution.attention import attention_rows
 from helpers.attribution.engine import (
-    answer_only,
+    attending,
     free_memory,
     frozen,
     gradient_bytes,
     in_batches,
+    sdpa,
+    texts_and_outputs,
     token_budget,
     working_precision,
 )
+from helpers.attribution.perturbation import coalition_values
+from helpers.questions import read_question
 
 PROMPT = "Riga is in"
 LONG = "a long prompt " * 8
@@ -38,6 +39,17 @@ VARIANTS = {
     "llama3 rope": {"rope_parameters": LLAMA3_ROPE},
 }
 
+SHAPES = {
+    "next token": {},
+    "foil": {"foil": "b"},
+    "two tokens": {"target": "ab"},
+    "two texts": {"target": "ab", "foil": "cde"},
+    "a shared beginning": {"target": "abc", "foil": "abd"},
+    "two texts that begin alike": {"target": "axyz", "foil": "abc"},
+    "raw logits": {"target": "ab", "objective": "logit"},
+}
+
+every_shape = pytest.mark.parametrize("shape", SHAPES)
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 with_and_without_foil = pytest.mark.parametrize("foil", [None, "b"], ids=["no foil", "foil"])
 
@@ -46,48 +58,221 @@ def same(scores, expected, tolerance=1e-4):
     torch.testing.assert_close(scores, expected, rtol=tolerance, atol=tolerance)
 
 
+# --- what is asked -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "target, foil, texts, outputs",
+    [  # texts as what is read behind the prompt, outputs as (text, place, target, foil, sign)
+        ("a", None, [""], [(0, 0, "a", None, 1)]),
+        ("abc", None, ["ab"], [(0, 0, "a", None, 1), (0, 1, "b", None, 1), (0, 2, "c", None, 1)]),
+        ("a", "b", [""], [(0, 0, "a", "b", 1)]),
+        (
+            "ab",
+            "cd",
+            ["a", "c"],
+            [(0, 0, "a", "c", 1), (0, 1, "b", None, 1), (1, 1, "d", None, -1)],
+        ),
+        ("ab", "ac", ["a"], [(0, 1, "b", "c", 1)]),
+        ("a", "bc", ["b"], [(0, 0, "a", "b", 1), (0, 1, "c", None, -1)]),
+        ("abx", "ac", ["ab"], [(0, 1, "b", "c", 1), (0, 2, "x", None, 1)]),
+    ],
+)
+def test_what_target_and_foil_share_is_read_once_and_compared_where_they_part(
+    tiny, target, foil, texts, outputs
+):
+    question = ask(*tiny, "xy", target=target, foil=foil)
+    ids = question.input_ids[0].tolist()
+
+    def token(text):
+        return -1 if text is None else tiny[1](text)["input_ids"][0]
+
+    found_texts, found = texts_and_outputs(question)
+    assert found_texts == [ids + [token(letter) for letter in text] for text in texts]
+    expected = [(t, 1 + at, token(a), token(b), sign) for t, at, a, b, sign in outputs]
+    assert [(o.text, o.position, o.target, o.foil, o.sign) for o in found] == expected
+
+
+def test_very_negative_against_very_positive_is_about_the_second_word(bundled):
+    model, tokenizer = bundled
+    texts = {"target": " very negative", "foil": " very positive"}
+    question = ask(model, tokenizer, "The film was boring. The review is", **texts)
+    text, (only,) = texts_and_outputs(question)
+    assert len(text) == 1 and tokenizer.decode([only.target, only.foil]) == " negative positive"
+    value = objective(model, embed_prompt(model, question), question)
+
+    def log_probability(ids):
+        read = torch.cat([question.input_ids[0], torch.tensor(ids)])[None]
+        with torch.no_grad():
+            logs = model(read).logits[0, len(question.labels) - 1 : -1].log_softmax(-1)
+        return logs.gather(1, torch.tensor(ids)[:, None]).sum()
+
+    same(value[0], log_probability(question.target) - log_probability(question.foil))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@every_shape
+def test_values_are_those_of_the_models_own_logits_whatever_it_does_to_them(tiny, name, shape):
+    """Softmax after a cap, a scale, or nothing; from token ids, with the whole vocabulary."""
+    model = toy(name, tiny[1])
+    question = ask(model, tiny[1], PROMPT, **SHAPES[shape])
+    value = objective(model, embed_prompt(model, question), question)
+    same(value, by_hand.value(model, question), 1e-5)
+    whole = by_hand.without(model, question, [], "remove")  # asked by ids
+    assert value.item() == pytest.approx(whole, abs=1e-4)
+    near(
+        objective_gradient(model, embed_prompt(model, question), question)[0],
+        by_hand.gradient(model, question)[0, : len(question.labels)],
+    )
+    if question.foil is None and question.objective != "logit":
+        assert question.probability == pytest.approx(value.exp().item(), rel=1e-4)
+
+
+def near(found, expected):
+    """To 1e-5 of the largest."""
+    off = 1e-5 * max(1, float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=off)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("replacement", ["mean", "remove"])
+@pytest.mark.parametrize("shape", ["foil", "two tokens", "two texts"])
+def test_occlusion_holds_for_every_architecture(tiny, name, replacement, shape):
+    model = toy(name, tiny[1])
+    question = ask(model, tiny[1], PROMPT, units="words", **SHAPES[shape])
+    result = attribute(model, question, "occlusion", replacement=replacement)
+    whole = by_hand.value(model, question).item()
+    falls = [
+        whole - by_hand.without(model, question, [unit], replacement)
+        for unit in range(len(question.units))
+    ]
+    near(result.scores, torch.tensor(falls))
+
+
 # --- only what the answer needs ----------------------------------------------------------------
 
 
 @every_variant
-@with_and_without_foil
-def test_the_smaller_model_has_the_objective_and_the_gradient_of_the_whole_one(variant, foil):
+@every_shape
+def test_the_smaller_model_has_the_objective_and_the_gradient_of_the_whole_one(variant, shape):
     model, tokenizer = tiny_llama(**VARIANTS[variant])
-    question = ask(model, tokenizer, PROMPT, foil=foil)
-    embeds = torch.cat([embed_prompt(model, question), baseline_embeds(model, question)])
-    values = objective(model, embeds, question)
-    grads = objective_gradient(model, embeds, question)
-    with answer_only(model, question) as answer:
-        same(objective(model, embeds, answer), values, 1e-5)
-        same(objective_gradient(model, embeds, answer), grads, 1e-5)
-    same(objective(model, embeds, question), values, 0)
+    question = ask(model, tokenizer, PROMPT, **SHAPES[shape])
+    seq = question.input_ids.shape[1]
+    rows = by_hand.columns(model, question).repeat(2, 1, 1)
+    rows[1, :seq] = baseline_embeds(model, question)[0]
+    values = objective(model, rows[:, :seq], question)
+    same(values, by_hand.value(model, question, rows), 1e-5)
+    grads = objective_gradient(model, rows[:, :seq], question)
+    for grad, row in zip(grads, rows, strict=True):
+        near(grad, by_hand.gradient(model, question, row[None])[0, :seq])
 
 
-def test_an_output_layer_with_a_bias_keeps_it(tiny):
+def test_an_output_layer_with_a_bias_keeps_it():
     model, tokenizer = tiny_llama()
     head = torch.nn.Linear(model.config.hidden_size, len(tokenizer))
     model.set_output_embeddings(head)
-    question = ask(model, tokenizer, PROMPT, foil="b")
-    value = objective(model, embed_prompt(model, question), question)
-    with answer_only(model, question) as answer:
-        same(objective(model, embed_prompt(model, question), answer), value, 1e-5)
+    for options in ({}, {"foil": "b"}, {"target": "ab", "foil": "cd"}):
+        question = ask(model, tokenizer, PROMPT, **options)
+        value = objective(model, embed_prompt(model, question), question)
+        same(value, by_hand.value(model, question), 1e-5)
     assert model.get_output_embeddings() is head
+
+
+class Wrapped(torch.nn.Linear):
+    """An output layer that is no plain matrix, as a quantised one."""
+
+
+@every_shape
+def test_an_output_layer_that_is_no_plain_matrix_is_left_as_it_is(tiny, shape):
+    model, tokenizer = tiny_llama()
+    head = Wrapped(model.config.hidden_size, len(tokenizer), bias=False)
+    head.weight = model.lm_head.weight
+    model.set_output_embeddings(head)
+    question = ask(model, tokenizer, PROMPT, **SHAPES[shape])
+    with asking(model, [question]) as asked:
+        assert asked.readout is None and model.lm_head is head
+    for method in ("gradient_x_input", "occlusion", "attention", "relevance"):
+        exact = attribute(tiny[0], question, method).scores
+        same(attribute(model, question, method).scores, exact, 1e-4)
+    if shape != "raw logits":
+        with pytest.raises(InputError, match="not a plain matrix"):
+            attribute(model, question, "alti_logit")
 
 
 def test_a_model_without_an_output_layer_is_left_as_it_is(tiny):
     linear = LinearCausalModel(tiny[1])
-    question = ask(linear, tiny[1], PROMPT, target="a")
-    with answer_only(linear, question) as answer:
-        assert answer is question
+    question = ask(linear, tiny[1], PROMPT, target="ab", foil="cd")
+    with asking(linear, [question]) as asked:
+        assert asked.readout is None
+        same(asked.values()[:, 0], by_hand.value(linear, question), 1e-5)
 
 
 def test_the_output_layer_comes_back_after_an_error(tiny):
     model, question = tiny[0], ask(*tiny, PROMPT)
     head = model.get_output_embeddings()
-    with pytest.raises(ZeroDivisionError), answer_only(model, question):
+    with pytest.raises(ZeroDivisionError), asking(model, [question]):
         assert model.get_output_embeddings() is not head
         raise ZeroDivisionError
     assert model.get_output_embeddings() is head
+
+
+@pytest.mark.parametrize(
+    "options, whole",
+    [
+        ({"target": "a", "foil": "b"}, False),
+        ({"target": "abc", "foil": "abd"}, False),
+        ({"target": "ab", "objective": "logit"}, False),
+        ({"target": "a"}, True),
+        ({"target": "ab", "foil": "cd"}, True),
+    ],
+)
+def test_the_normaliser_is_computed_only_where_the_foil_does_not_cancel_it(options, whole):
+    model, tokenizer = tiny_llama()
+    question = ask(model, tokenizer, PROMPT, **options)
+    vocabulary, passes = len(tokenizer), []
+    model.register_forward_hook(lambda m, i, out: passes.append(out.logits.shape[-1]))
+    for method in ("saliency", "occlusion", "integrated_gradients", "shapley", "relevance"):
+        passes.clear()
+        attribute(model, question, method)
+        assert {numbers >= vocabulary for numbers in passes} == {whole}, method
+
+
+def test_of_a_long_prompt_no_vocabulary_is_spread_over_the_positions(tiny):
+    """The toy's vocabulary, 259, divides the size of no other tensor than its own weights."""
+    question = ask(*tiny, LONG, target="a", foil="b")
+    vocabulary, weight = len(tiny[1]), tiny[0].lm_head.weight.numel()
+
+    def sizes_of(question):
+        with tensor_sizes() as sizes:
+            attribute(tiny[0], question, "gradient_x_input")
+        return {size for size in sizes if size % vocabulary == 0 and size not in (0, weight)}
+
+    assert sizes_of(question) == set()
+    assert sizes_of(ask(*tiny, LONG, target="a")) == {vocabulary}
+    assert max(sizes_of(ask(*tiny, LONG, target="ab", foil="cd"))) <= 2 * 3 * vocabulary
+
+
+@pytest.mark.parametrize("method", ["gradient_x_input", "saliency", "relevance"])
+@pytest.mark.parametrize("each, passes", [(False, 1), (True, 4)])
+def test_a_summed_answer_takes_one_backward_pass(tiny, method, each, passes):
+    model, question = tiny[0], ask(*tiny, PROMPT, target="abcd")
+    _, found = backward_passes(
+        model.model.layers[0].mlp, lambda: attribute(model, question, method, each=each)
+    )
+    assert found == passes
+
+
+@pytest.mark.parametrize("entry", [{}, {"foil": "b"}, {"target": "ab"}], ids=str)
+def test_no_pass_is_run_for_what_is_known_or_comes_along(tiny, entry):
+    model, tokenizer = tiny
+    question = read_question(tokenizer, PROMPT, model=model, **entry)
+    with asking(model, [question]) as asked:
+        _, gradients, forwards = rows_run(model, lambda: METHODS["saliency"](asked))
+        assert (gradients, forwards) == (1, 0) and asked.facts is not None
+        assert rows_run(model, asked.settle)[1:] == (0, 0)
+    known = ask(model, tokenizer, PROMPT, **entry)
+    with asking(model, [known]) as asked:
+        assert rows_run(model, asked.settle)[1:] == (0, 0) and asked.facts is None
 
 
 # --- precision ---------------------------------------------------------------------------------
@@ -106,6 +291,7 @@ def test_bfloat16_products_come_near_float32_and_leave_nothing_behind(method):
     assert method in ("random",) or not torch.equal(half.scores, exact.scores)
     assert all(now is then for now, then in zip(model.parameters(), weights, strict=True))
     assert model.config._attn_implementation == "sdpa"
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     assert torch.equal(attribute(model, question, method).scores, exact.scores)
 
 
@@ -207,7 +393,7 @@ import resource, sys
 import torch
 from helpers import ask, attribute, load_model
 model, tokenizer = load_model()
-question = ask(model, tokenizer, "one two three four five six seven eight " * 12)
+question = ask(model, tokenizer, "one two three four five six seven eight " * 6)
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + 700_000_000, resource.RLIM_INFINITY))
 seen = []
@@ -242,19 +428,20 @@ def test_the_budget_follows_what_is_free(tiny, monkeypatch):
 
 MEASURE = """
 from helpers import ask, load_model
-from helpers.attribution import embed_prompt, objective_gradient
-from helpers.attribution.engine import answer_only, gradient_bytes
+from helpers.attribution import asking
+from helpers.attribution.engine import gradient_bytes
 def held(field):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(field))
 model, tokenizer = load_model()
-question = ask(model, tokenizer, "one two three four five six seven eight " * 64)
-with answer_only(model, question) as answer:
-    embeds = embed_prompt(model, question)
-    objective_gradient(model, embeds[:, :8], answer)
+words = "one two three four five six seven eight "
+short, long = (ask(model, tokenizer, words * n, foil=" b") for n in (1, 64))
+with asking(model, [short]) as asked:
+    asked.reactions(asked.embeds, lambda grad: grad)
+with asking(model, [long]) as asked:
     open("/proc/self/clear_refs", "w").write("5")
     before = held("VmRSS")
-    objective_gradient(model, embeds, answer)
-print((held("VmHWM") - before) / embeds.shape[1] / gradient_bytes(model))
+    asked.reactions(asked.embeds, lambda grad: grad)
+print((held("VmHWM") - before) / long.input_ids.shape[1] / gradient_bytes(model))
 """
 
 
@@ -283,21 +470,75 @@ def tokens_run(model, run):
 
 
 @every_variant
-@with_and_without_foil
-def test_replaced_tokens_give_the_objective_of_the_whole_variant(variant, foil, monkeypatch):
+@every_shape
+@pytest.mark.parametrize("replacement", ["eos", "neighbour", "remove"])
+def test_erased_units_give_the_objective_of_the_whole_variant(
+    variant, shape, replacement, monkeypatch
+):
     model, tokenizer = tiny_llama(**VARIANTS[variant])
-    question = ask(model, tokenizer, LONG, foil=foil)
-    seq = question.input_ids.shape[1]
+    question = ask(model, tokenizer, PROMPT, **SHAPES[shape])
+    units = len(question.units)
     generator = torch.Generator().manual_seed(0)
-    replaced = torch.rand(9, seq, generator=generator) < torch.linspace(0, 1, 9)[:, None]
-    replaced[:, : seq // 2] &= torch.rand(9, 1, generator=generator) < 0.5
-    monkeypatch.setattr("helpers.attribution.perturbation.FULL_PASS", 2 * seq)  # several groups
-    whole, values = replaced_values(model, question, replaced, "eos")
-    embeds, blank = embed_prompt(model, question), baseline_embeds(model, question, "eos")
-    rows = torch.where(replaced[..., None], blank, embeds)
-    same(values, objective(model, rows, question), 1e-5)
-    same(whole, objective(model, embeds, question), 1e-5)
-    assert not replaced[0].any() and replaced[-1, seq // 2 :].all()  # both ends are among them
+    kept = torch.rand(9, units, generator=generator) > torch.linspace(0, 1, 9)[:, None]
+    kept[:, : units // 2] |= torch.rand(9, 1, generator=generator) < 0.5
+    kept[0], kept[-1] = True, False  # nothing goes, everything goes
+    kept[1], kept[1, 0] = True, False  # the first, the last, all but the first, all but the last
+    kept[2], kept[2, -1] = True, False
+    kept[3], kept[3, 0] = False, True
+    kept[4], kept[4, -1] = False, True
+    monkeypatch.setattr("helpers.attribution.engine.FULL_PASS", 2 * units)  # several groups
+    with asking(model, [question]) as asked:
+        whole, (values,) = coalition_values(asked, [kept], replacement)
+    expected = [
+        by_hand.without(model, question, (~some).nonzero()[:, 0].tolist(), replacement)
+        for some in kept
+    ]
+    same(values[:, 0], torch.tensor(expected), 2e-4)
+    same(whole[:, 0], by_hand.value(model, question))
+
+
+@pytest.mark.parametrize("units", ["words", "sentences"])
+def test_a_text_without_a_unit_is_the_shorter_text(bundled, units):
+    """With real words: the text is written without the unit, tokenised anew, and asked."""
+    model, tokenizer = bundled
+    prompt = "Riga is old. Latvia is a country. The capital of Latvia is"
+    texts = {"target": " Riga", "foil": " Tallinn"}
+    question = ask(model, tokenizer, prompt, units=units, **texts)
+    result = attribute(model, question, "occlusion", replacement="remove")
+    whole = objective(model, embed_prompt(model, question), question).item()
+    compared = 0
+    for place, unit in enumerate(question.units):
+        spans = [question.read.spans[position] for position in unit.positions]
+        shorter = prompt[: spans[0][0]] + prompt[spans[-1][1] :]
+        ids = [t for i, t in enumerate(question.input_ids[0].tolist()) if i not in unit.positions]
+        if shorter.endswith(" ") or tokenizer(shorter)["input_ids"] != ids:
+            continue  # what is left would be other tokens
+        other = ask(model, tokenizer, shorter, **texts)
+        value = objective(model, embed_prompt(model, other), other).item()
+        assert result.scores[place].item() == pytest.approx(whole - value, abs=1e-3)
+        compared += 1
+    assert compared >= len(question.units) - 2
+
+
+@every_shape
+def test_padded_texts_give_what_each_gives_alone(tiny, shape):
+    """Two texts of different length are filled up to one; each alone is not."""
+    model, question = tiny[0], ask(*tiny, PROMPT, **SHAPES[shape])
+    same(
+        objective(model, embed_prompt(model, question), question),
+        by_hand.value(model, question),
+        1e-5,
+    )
+    texts, outputs = texts_and_outputs(question)
+    with asking(model, [question], each=True) as asked:
+        each = asked.values()[0]
+        assert asked.embeds.shape[1:3] == (len(texts), max(map(len, texts)))
+    for output, found in zip(outputs, each, strict=True):
+        logits = model(torch.tensor([texts[output.text]])).logits[0, output.position]
+        if question.objective == "log_probability":
+            logits = logits.log_softmax(-1)
+        value = logits[output.target] - (logits[output.foil] if output.foil >= 0 else 0)
+        same(found, output.sign * value, 1e-5)
 
 
 def test_what_comes_before_the_first_change_is_computed_once(tiny):
@@ -310,39 +551,26 @@ def test_what_comes_before_the_first_change_is_computed_once(tiny):
 
 def test_a_model_that_keeps_no_keys_and_values_is_run_whole(tiny):
     linear = LinearCausalModel(tiny[1])
-    question = ask(linear, tiny[1], PROMPT, target="a")
+    question = ask(linear, tiny[1], PROMPT, target="a", foil="b")
     same(attribute(linear, question, "occlusion").scores, linear.known_scores(question), 1e-5)
 
 
 def test_a_model_with_a_sliding_window_is_run_whole(tiny):
-    from transformers import MistralConfig, MistralForCausalLM
-
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=len(tiny[1]),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=5,
-        eos_token_id=0,
-    )
-    model = MistralForCausalLM(config).eval()
+    model = toy("a sliding window", tiny[1])
     question = ask(model, tiny[1], LONG)
     seq = question.input_ids.shape[1]
-    replaced = torch.eye(seq, dtype=torch.bool)
-    _, values = replaced_values(model, question, replaced)
-    rows = torch.where(
-        replaced[..., None], baseline_embeds(model, question), embed_prompt(model, question)
-    )
+    table = model.get_input_embeddings().weight
+    rows = embed_prompt(model, question).repeat(seq, 1, 1)
+    rows[range(seq), range(seq)] = table.mean(dim=0)
     with torch.no_grad():
-        same(values, objective(model, rows, question), 1e-5)
-    rows = last_attention_rows(model, question)
+        falls = by_hand.value(model, question) - by_hand.value(model, question, rows)
+    same(attribute(model, question, "occlusion").scores, falls)
+    with asking(model, [question]) as asked:
+        found = torch.stack(attention_rows(asked))[:, 0, :, 0]  # [layers, heads, seq]
     model.set_attn_implementation("eager")
     maps = model(question.input_ids, output_attentions=True).attentions
-    same(rows, torch.stack(maps)[:, 0, :, -1], 1e-6)
-    assert (rows[..., : seq - 5] == 0).all()
+    same(found, torch.stack(maps)[:, 0, :, -1], 1e-6)
+    assert (found[..., : seq - 5] == 0).all()
 
 
 # --- attention without maps --------------------------------------------------------------------
@@ -354,8 +582,8 @@ def test_the_last_rows_are_those_of_the_full_maps_and_none_is_formed():
     question = replace(
         ask(model, tokenizer, PROMPT), input_ids=torch.arange(2000)[None] % len(tokenizer)
     )
-    with tensor_sizes() as sizes:
-        rows = last_attention_rows(model, question)
+    with tensor_sizes() as sizes, asking(model, [question]) as asked:
+        rows = torch.stack(attention_rows(asked))[:, 0, :, 0]
     assert max(sizes) < 2000 * 2000
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -369,3 +597,32 @@ def test_frozen_freezes_and_thaws():
     with frozen(model):
         assert not any(weight.requires_grad for weight in model.parameters())
     assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_nothing_is_registered_for_a_call_and_an_error_leaves_nothing(tiny):
+    model, question = tiny[0], ask(*tiny, PROMPT)
+
+    def registered():
+        return [dict(r._global_mapping) for r in (AttentionInterface, AttentionMaskInterface)]
+
+    def fails(*args, **options):
+        raise ZeroDivisionError
+
+    before = registered()
+    attribute(model, question, "attention_rollout")
+    assert registered() == before
+    with pytest.raises(ZeroDivisionError), attending(model, fails):
+        model(question.input_ids)
+    assert registered() == before and model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_refuses_another_attention_leaves_nothing_behind(tiny):
+    class Stubborn:
+        config = tiny[0].config
+
+        def set_attn_implementation(self, name):
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"), attending(Stubborn(), sdpa):
+        pass
+    attribute(tiny[0], ask(*tiny, PROMPT), "attention")
