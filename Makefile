@@ -47,7 +47,7 @@ test: model
 # The same sums in another order: torch, MKL and oneDNN without the wide registers of this machine.
 # A few minutes' worth of notebooks and of tests that compare numbers.
 OTHER_CPU := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
-NUMERIC := attribution decompositions path patching ground_truth
+NUMERIC := attribution decompositions relevance patching ground_truth
 test-other-cpu: model
 	$(OTHER_CPU) $(PYTEST) notebooks/02_*.ipynb notebooks/03_*.ipynb notebooks/04_*.ipynb \
 		$(wildcard $(NUMERIC:%=tests/test_%.py) $(NUMERIC:%=tests/*/test_%.py))
