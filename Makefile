@@ -9,11 +9,12 @@ OUT ?= outputs/reports
 # Workers for the tests. Two torch processes with two threads each crawl, so each gets one thread.
 WORKERS ?= 2
 
-.PHONY: report test lint lab figures bench evidence model execute lock clean help
+.PHONY: report test test-other-cpu lint lab figures bench evidence model execute lock clean help
 
 help:
 	@echo "make report   run the comparison over notebooks/prompts.yml; prints where the index is"
 	@echo "make test     every test, and nbval over every notebook"
+	@echo "make test-other-cpu   some of them, computed as an older processor would"
 	@echo "make lab      JupyterLab on the notebooks"
 	@echo "make figures  every notebook's figures as PNG and SVG in outputs/figures"
 	@echo "make bench    speed and accuracy beside other libraries, an hour and a half; benchmarks/results.md"
@@ -37,9 +38,19 @@ model: $(READY)
 report: $(READY)
 	$(BIN)/python -m llama_reports $(PROMPTS) --out $(OUT) --workers 0
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+	--nbval --nbval-sanitize-with tests/notebooks/nbval_sanitize.cfg --nbval-kernel-startup-timeout 600
+
 test: model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
-		--nbval --nbval-sanitize-with tests/notebooks/nbval_sanitize.cfg --nbval-cell-timeout 300
+	$(PYTEST)
+
+# The same sums in another order: torch, MKL and oneDNN without the wide registers of this machine.
+# A few minutes' worth of notebooks and of tests that compare numbers.
+OTHER_CPU := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
+NUMERIC := attribution decompositions relevance patching ground_truth
+test-other-cpu: model
+	$(OTHER_CPU) $(PYTEST) notebooks/02_*.ipynb notebooks/03_*.ipynb notebooks/04_*.ipynb \
+		$(NUMERIC:%=tests/helpers/test_%.py)
 
 lint: $(READY)
 	$(BIN)/ruff check .

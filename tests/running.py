@@ -1,7 +1,11 @@
-"""What tests of whole runs share: a notebook to run, and the scores that a run leaves."""
+"""What tests of whole runs share: a notebook to run, patience, and the scores that a run leaves."""
+
+import time
 
 import nbformat
 import pandas as pd
+
+PATIENCE = 600  # seconds after which something hangs, on however slow a machine
 
 
 def write_notebook(path, parameters, *cells):
@@ -12,6 +16,15 @@ def write_notebook(path, parameters, *cells):
     notebook.cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(notebook, path)
     return path
+
+
+def wait_for(seen, process):
+    """Wait until ``seen()``, for which ``process`` has to be running."""
+    deadline = time.monotonic() + PATIENCE
+    while not seen():
+        assert process.poll() is None, "it ended before what a test waits for"
+        assert time.monotonic() < deadline, "it hangs"
+        time.sleep(0.05)
 
 
 def scores(out):

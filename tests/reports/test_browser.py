@@ -8,6 +8,7 @@ import nbformat
 import pytest
 from playwright.sync_api import expect, sync_playwright
 from report_folders import write_report
+from running import PATIENCE
 
 from llama_reports.gallery import write_index
 from llama_reports.pages import report_page
@@ -109,6 +110,7 @@ def as_shown(text):
 def browser():
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine: install it to run the browser tests")
+    expect.set_options(timeout=1000 * PATIENCE)
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
         yield started
@@ -125,6 +127,7 @@ def page(browser):
 def watched(context):
     """A new page that notes every request, complaint and dialog."""
     page = context.new_page()
+    page.set_default_timeout(1000 * PATIENCE)
     page.asked, page.complaints = [], []
     page.on("request", lambda request: page.asked.append(request.url))
     page.on("console", lambda message: page.complaints.append(message.text))
@@ -150,15 +153,14 @@ def test_index_leads_to_a_report_with_its_figures_and_no_network(page, reports):
     widths = loaded_pictures(page)
     assert len(widths) == 2 and all(width > 100 for width in widths)
     page.locator("tr#plain td.words a").click()
-    page.wait_for_load_state()
-    assert page.url.endswith("plain/report.html")
+    page.wait_for_url("**/plain/report.html")
     widths = loaded_pictures(page)
     assert len(widths) >= 5 and all(width > 100 for width in widths)
     assert all(picture.get_attribute("alt") for picture in page.locator("img").all())
     page.get_by_role("link", name="All reports").click()
     page.get_by_role("link", name="All prompts compared").click()
-    page.wait_for_load_state()
-    assert page.url.endswith("comparison.html") and "1 failed" in page.locator("main").inner_text()
+    page.wait_for_url("**/comparison.html")
+    assert "1 failed" in page.locator("main").inner_text()
     assert all(width > 100 for width in loaded_pictures(page))
     assert not [url for url in page.asked if not url.startswith(("file:", "data:"))]
     assert not page.complaints
@@ -169,7 +171,7 @@ def test_a_hostile_prompt_is_shown_as_text_and_runs_nothing(page, reports, hosti
     page.goto((folder / "index.html").as_uri())
     assert page.locator("tr#hostile td.words a").text_content() == hostile
     page.locator("tr#hostile td.words a").click()
-    page.wait_for_load_state()
+    page.wait_for_url("**/report.html")
     assert page.locator("blockquote").text_content() == hostile
     assert "taken" not in (page.title().removeprefix("<script>document.title='taken'"))
     assert page.locator("script").count() == 0 and not page.complaints
@@ -181,7 +183,7 @@ def test_the_failed_report_says_so(page, reports):
     row = page.locator("tr#fails")
     assert "ZeroDivisionError" in row.text_content()
     row.locator("a").first.click()
-    page.wait_for_load_state()
+    page.wait_for_url("**/report.html")
     assert "ZeroDivisionError" in page.locator("header").text_content()
 
 
@@ -328,7 +330,7 @@ def test_a_link_reaches_a_folder_of_any_name(page, tmp_path):
     page.goto(write_index(tmp_path).as_uri())
     assert loaded_pictures(page) == [640]
     page.locator("td.words a").click()
-    page.wait_for_load_state()
+    page.wait_for_url("**/report.html")
     assert page.title() == "a report" and page.url.endswith(f"{quote(name, safe='')}/report.html")
 
 

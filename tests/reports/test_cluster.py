@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import psutil
 import pytest
 import yaml
 from distributed import Client, KilledWorker
-from running import scores
+from running import PATIENCE, scores, wait_for
 
 from helpers.errors import InputError
 from llama_reports.cluster import run_on_cluster
@@ -68,10 +67,12 @@ def test_tasks_are_read_as_workers_come_free(tmp_path):
     some.close()
 
 
+PROMPTS = ["The keys to", "The doors to", "A poisoned prompt", "The boats to", "The lamps to"]
+
+
 def prompts_file(folder):
     path = folder / "prompts.yml"
-    prompts = ["The keys to", "The doors to", "A poisoned prompt", "The boats to", "The lamps to"]
-    path.write_text(yaml.safe_dump(prompts), encoding="utf-8")
+    path.write_text(yaml.safe_dump(PROMPTS), encoding="utf-8")
     return path
 
 
@@ -137,15 +138,13 @@ def test_a_cluster_of_others_loses_nothing_when_a_worker_and_then_its_scheduler_
         tmp_path,
     ]
     given = [prompts, "--model", tiny_folder, "--out", out, "--scheduler", address]
-    given += ["--notebook", quick_notebook("import time; time.sleep(1.5)")]
+    # the last two reports wait until all has died that is to die: the run does not end before
+    gate = tmp_path / "gate"
+    waits = f"while prompt in {PROMPTS[-2:]} and not Path({str(gate)!r}).exists():"
+    given += ["--notebook", quick_notebook(f"import time\n{waits}\n    time.sleep(0.05)")]
 
     def finished():
         return {file: file.stat().st_mtime_ns for file in out.glob("[!.]*/report.json")}
-
-    def wait_for(reports):
-        deadline = time.monotonic() + 120
-        while len(finished()) < reports and time.monotonic() < deadline:
-            time.sleep(0.05)
 
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(started(*scheduler))
@@ -157,16 +156,18 @@ def test_a_cluster_of_others_loses_nothing_when_a_worker_and_then_its_scheduler_
             text=True,
         )
         stack.callback(run.kill)
-        wait_for(1)
+        wait_for(lambda: len(finished()) >= 1, run)
         for process in reversed(psutil.Process(workers[0].pid).children(recursive=True)):
-            process.kill()  # the nanny starts another worker in its place
-        wait_for(2)
+            with contextlib.suppress(psutil.NoSuchProcess):  # it went with the one before
+                process.kill()  # the nanny starts another worker in its place
+        wait_for(lambda: len(finished()) >= 2, run)
         before = finished()
         first.kill()
         first.wait()
         stack.enter_context(started(*scheduler))
         stack.enter_context(started(*worker))  # as Slurm or Kubernetes would
-        told, complaints = run.communicate(timeout=180)
+        gate.touch()
+        told, complaints = run.communicate(timeout=PATIENCE)
     assert run.returncode == 0 and "Traceback" not in complaints, complaints
     assert "5 of 5 reports done, 0 failed." in told
     assert before.items() <= finished().items()  # what was finished is not done again
@@ -186,7 +187,7 @@ try:
 except InputError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert f"no Dask scheduler at {address}" in done.stdout, done.stderr
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from running import scores
+from running import PATIENCE, scores, wait_for
 
 from helpers.errors import InputError
 from llama_reports.files import UNFINISHED, only_writer
@@ -65,20 +65,24 @@ def finished(out):
 def test_killed_at_ten_random_moments_it_goes_on_and_ends_as_if_nothing_had_happened(
     prompts, tmp_path, tiny_folder, quick_notebook
 ):
-    given = arguments(prompts, tmp_path / "whole", tiny_folder, quick_notebook())
+    # the last report waits for the end of the killing: no run ends before it is killed
+    gate = tmp_path / "gate"
+    waits = f"import time\nwhile 'stones' in prompt and not Path({str(gate)!r}).exists():\n"
+    notebook = quick_notebook(waits + "    time.sleep(0.05)")
+    gate.touch()
+    given = arguments(prompts, tmp_path / "whole", tiny_folder, notebook)
     assert run([*given, "--dry-run"], tmp_path / "log") == 0  # imports, which later runs share
     began = time.monotonic()
     assert run(given, tmp_path / "log") == 0
     took = time.monotonic() - began
 
-    given = arguments(prompts, tmp_path / "killed", tiny_folder, quick_notebook())
-    out, kept, kills = tmp_path / "killed", {}, 0
+    gate.unlink()
+    given = arguments(prompts, tmp_path / "killed", tiny_folder, notebook)
+    out, kept = tmp_path / "killed", {}
     moments = random.Random(time.time_ns())
     for _ in range(10):
-        # never so late that the first run could end by itself, and leave nothing to be killed
         moment = moments.uniform(0, 0.7 * took)
-        code = run(given, tmp_path / "log", kill_after=moment)
-        kills += code == -signal.SIGKILL
+        assert run(given, tmp_path / "log", kill_after=moment) == -signal.SIGKILL
         now = finished(out)
         assert kept.items() <= now.items(), f"a finished report was lost or redone at {moment}"
         for name in now:
@@ -86,7 +90,7 @@ def test_killed_at_ten_random_moments_it_goes_on_and_ends_as_if_nothing_had_happ
                 path.name for path in (out / name).iterdir()
             }
         kept = now
-    assert kills >= 1
+    gate.touch()
     assert run(given, tmp_path / "log") == 0
     assert kept.items() <= finished(out).items() and len(finished(out)) == len(WORDS)
     pd.testing.assert_frame_equal(scores(out), scores(tmp_path / "whole"), check_exact=True)
@@ -118,21 +122,20 @@ def test_only_what_changed_is_run_again(prompts, tmp_path, tiny_folder, quick_no
 
 def test_a_run_stopped_by_ctrl_c_says_what_it_has(prompts, tmp_path, tiny_folder, quick_notebook):
     out = tmp_path / "out"
-    # a report takes long enough for the signal to arrive in the middle of the second
-    notebook = quick_notebook("import time; time.sleep(2)")
+    # every report but the first says that it runs, and does not end
+    runs = tmp_path / "runs"
+    endless = f"import time; Path({str(runs)!r}).touch(); time.sleep({PATIENCE})"
+    notebook = quick_notebook(f"if {WORDS[0]!r} not in prompt:\n    {endless}")
     given = [sys.executable, "-m", "llama_reports"]
     given += arguments(prompts, out, tiny_folder, notebook)
     process = subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not finished(out) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(1)
+    wait_for(runs.exists, process)
     process.send_signal(signal.SIGINT)
-    told, complaints = process.communicate(timeout=60)
+    told, complaints = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
-    assert f"of {len(WORDS)} reports done, 0 failed." in told and "Open" in told
+    assert f"1 of {len(WORDS)} reports done, 0 failed." in told and "Open" in told
     assert "the same command goes on" in complaints and "Traceback" not in complaints
-    assert len(finished(out)) == len(scores(out)["slug"].unique()) < len(WORDS)
+    assert len(finished(out)) == len(scores(out)["slug"].unique()) == 1
     assert not list(out.glob(f"{UNFINISHED}*"))
 
 

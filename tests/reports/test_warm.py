@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
@@ -12,7 +11,7 @@ import papermill
 import psutil
 import pytest
 from nbclient.exceptions import DeadKernelError
-from running import write_notebook
+from running import PATIENCE, wait_for, write_notebook
 
 from llama_reports.warm import CAN_FORK, ForkServer, WarmEngine
 
@@ -176,18 +175,16 @@ def test_a_leak_ends_with_its_run(tmp_path):
 
 
 def test_no_kernel_and_no_server_outlives_a_killed_caller(tmp_path):
-    path = notebook(tmp_path, "import time; open('started', 'w').close(); time.sleep(600)")
+    path = notebook(tmp_path, f"import time; open('started', 'w').close(); time.sleep({PATIENCE})")
     code = f"import sys; sys.path[:] = {sys.path!r}\n"
     code += f"from pathlib import Path; from test_warm import run; run(Path({str(path)!r}))"
     caller = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for((tmp_path / "started").exists, caller)
     family = psutil.Process(caller.pid).children(recursive=True)
     assert len(family) == 2  # the server and the kernel
     caller.send_signal(signal.SIGKILL)
     caller.wait()
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE / 2)  # the kernel sleeps longer
     assert not alive
 
 

@@ -1,0 +1,3 @@
+"""What holds for the tests and for the notebooks, which nbval runs as tests."""
+
+pytest_plugins = ["tests.notebooks.compare_outputs"]
