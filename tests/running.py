@@ -17,4 +17,4 @@ def write_notebook(path, parameters, *cells):
 def scores(out):
     """``scores.parquet`` in an order that does not depend on that of the run."""
     table = pd.read_parquet(out / "scores.parquet")
-    return table.sort_values(["slug", "method", "position"], ignore_index=True)
+    return table.sort_values(["slug", "method", "output", "unit"], ignore_index=True)
