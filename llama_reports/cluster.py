@@ -8,8 +8,10 @@ import contextlib
 import logging
 import time
 import uuid
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import dask
 from distributed import Client, KilledWorker, LocalCluster, as_completed
@@ -23,7 +25,15 @@ PATIENCE = 120  # seconds to wait for a scheduler that went away, or for a first
 DEATHS = 1  # workers that may die under a task before it is set aside, on a cluster of our own
 
 
-def run_on_cluster(function, tasks, folder, *, workers=None, scheduler=None, patience=PATIENCE):
+def run_on_cluster(
+    function: Callable[[Any], Any],
+    tasks: Iterable[Any],
+    folder: str | Path,
+    *,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    patience: float = PATIENCE,
+) -> Iterator[tuple[Any, Any, Exception | None]]:
     """``function(task)`` for every task, on ``workers`` processes here or on a running cluster.
 
     ``tasks`` is an iterable, read as workers come free; each must pickle. Yields ``(task, result,

@@ -68,15 +68,16 @@ def main_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run, and what it takes.")
     ] = False,
-):
+) -> None:
     """Execute a notebook over every prompt of a file: one report each, and a gallery of them all.
 
-    An entry of PROMPTS is a text, or a mapping with "prompt" and, as wanted, "id", "target",
-    "foil", "chat", "evidence" (a word that must matter), "methods" and "notebook". The whole
-    file is checked before anything runs. What an earlier run has finished is not run again, so a
-    run that was stopped goes on where it was. A report that fails is kept and listed, the others
-    go on, and the exit status is 1. With --scores-only no report is written: scores and evidence
-    go to Parquet files, as docs/scores.md describes.
+    An entry of PROMPTS is a text, or a mapping with "prompt" or "messages" and, as wanted, "id",
+    "target", "foil", "answer", "units", "sources", "chat", "raw", "evidence", "methods" and
+    "notebook": docs/reports.md says what each means. The whole file is checked before anything
+    runs. What an earlier run has finished is not run again, so a run that was stopped goes on
+    where it was. A report that fails is kept and listed, the others go on, and the exit status is
+    1. With --scores-only no report is written: scores and evidence go to Parquet files, as
+    docs/scores.md describes.
     """
     signal.signal(signal.SIGTERM, _as_ctrl_c)  # what batch systems and containers send first
     try:
@@ -251,5 +252,5 @@ def _why(error):
     return f"{type(error).__name__}: {error}"
 
 
-def main():
+def main() -> None:
     app()

@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -15,7 +17,7 @@ UNFINISHED = ".making-"  # how the names of folders begin that are not whole yet
 REPLACED = ".old-"
 
 
-def move_into_place(folder, final):
+def move_into_place(folder: Path, final: Path) -> None:
     """Replace ``final`` by the finished ``folder``; the old one goes only once the new is there."""
     old = final.with_name(f"{REPLACED}{final.name}")
     shutil.rmtree(old, ignore_errors=True)
@@ -27,7 +29,7 @@ def move_into_place(folder, final):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_whole(path, content):
+def write_whole(path: Path, content: bytes) -> None:
     """Write beside ``path`` and rename, so that a reader finds the old file or the new one."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
@@ -40,7 +42,7 @@ def write_whole(path, content):
         raise
 
 
-def read_mapping(path):
+def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file; an empty one if there is none, whole and readable, there."""
     try:
         found = json.loads(path.read_bytes())
@@ -50,7 +52,7 @@ def read_mapping(path):
 
 
 @contextlib.contextmanager
-def only_writer(out):
+def only_writer(out: Path) -> Iterator[None]:
     """Keep ``out`` to one run at a time, and clear away what was left unfinished there.
 
     Raises ``InputError`` if another run is writing there. The lock is the system's, so it ends

@@ -29,17 +29,14 @@ from llama_reports.files import read_mapping, write_whole
 from llama_reports.pages import THUMBNAIL, overview_page, shown, thumbnail
 
 CONTROL = "random"  # the method that knows nothing
-EVIDENCE = {
-    "method": pa.string(),
-    "strongest unit": pa.string(),
-    "closed": pa.string(),
-    **dict.fromkeys(["gap", "beats_random", "evidence_rank", "faithfulness"], pa.float64()),
-    **dict.fromkeys(["seconds", "evaluations", "forwards"], pa.float64()),
-}
-TEXTS, NUMBERS = ["prompt", "method", "part", "label"], ["output", "unit", "start", "end"]
-ORDER = ["prompt", "method", "output", "unit", "part", "start", "end", "label", "score", "error"]
-KINDS = dict.fromkeys(TEXTS, pa.string()) | dict.fromkeys(NUMBERS, pa.int64())
-SCORES = {name: KINDS.get(name, pa.float64()) for name in ORDER}
+# columns of a report's evidence.csv and scores.csv
+MAY_BE_EMPTY = ["gap", "beats_random", "evidence_rank", "faithfulness", "seconds", "evaluations"]
+MAY_BE_EMPTY += ["forwards", "error", "output"]
+EVIDENCE = dict.fromkeys(["method", "strongest unit", "closed"], pa.string())
+EVIDENCE |= dict.fromkeys(MAY_BE_EMPTY[:7], pa.float64())
+SCORES = {"prompt": pa.string(), "method": pa.string(), "output": pa.int64(), "unit": pa.int64()}
+SCORES |= {"part": pa.string(), "start": pa.int64(), "end": pa.int64(), "label": pa.string()}
+SCORES |= {"score": pa.float64(), "error": pa.float64()}
 LONGEST = 2000  # characters of a prompt or an error in the gallery; the report has all of them
 FEWEST = 5  # prompts for an interval: resampling fewer says too little about others
 
@@ -132,17 +129,17 @@ def read_reports(out: str | Path) -> tuple[list[Report], int]:
                 model=str(facts.get("model") or ""),
                 seconds=_finite(facts.get("seconds")),
                 provenance=read_mapping(folder / "provenance.json"),
-                evidence=None if error else _read_evidence(folder / "evidence.csv"),
-                scores=None if error else _read_scores(folder / "scores.csv"),
+                evidence=None if error else _read_csv(folder / "evidence.csv", EVIDENCE),
+                scores=None if error else _read_csv(folder / "scores.csv", SCORES),
             )
         )
     return reports, unreadable
 
 
-def _read_csv(path, columns, needed):
+def _read_csv(path, columns):
     """These columns of a CSV as a table, or None if that cannot be; ``NA`` is a text.
 
-    A column that is not ``needed`` may be missing, and a number may be empty: both are null.
+    A column of ``MAY_BE_EMPTY`` may be missing, and a number in it may be empty: both are null.
     """
     try:
         table = pyarrow.csv.read_csv(
@@ -158,15 +155,8 @@ def _read_csv(path, columns, needed):
         )
     except (OSError, ValueError, KeyError):  # what pyarrow raises is one of these
         return None
+    needed = [name for name in columns if name not in MAY_BE_EMPTY]
     return None if any(table[name].null_count for name in needed) else table
-
-
-def _read_evidence(path):
-    return _read_csv(path, EVIDENCE, ["method", "strongest unit", "closed"])
-
-
-def _read_scores(path):
-    return _read_csv(path, SCORES, [name for name in SCORES if name != "error"])
 
 
 def _together(reports, kind):
@@ -354,15 +344,16 @@ def _method_rows(evidence):
 def agreement(scores: pd.DataFrame) -> dict[tuple[str, str], dict]:
     """How alike two methods order the units, over prompts: ``{(method, method): measure}``.
 
-    ``scores`` is a DataFrame with the columns of ``scores.parquet``. The measure is Spearman's
-    correlation of the magnitudes of the scores within a prompt, summed over the explained tokens,
-    as ``rank_correlation`` of ``helpers.faithfulness`` has it, then its mean over prompts (see
-    ``compare``). Prompts of fewer than three units, and methods that score all units alike, have
-    none.
+    ``scores`` is a DataFrame with the columns of ``scores.parquet``, of which the rows of an output
+    by itself are left out. The measure is Spearman's correlation of the magnitudes of the scores
+    within a prompt, as ``rank_correlation`` of ``helpers.faithfulness`` has it, then its mean over
+    prompts (see ``compare``). Prompts of fewer than three units, and methods that score all units
+    alike, have none.
     """
-    scores = scores.drop_duplicates(["slug", "method", "output", "unit"])
+    places = ["slug", "unit"]
+    scores = scores[scores["output"].isna()].drop_duplicates([*places, "method"])
     prompts = scores.groupby("slug")["prompt"].first()
-    wide = scores.pivot_table("score", ["slug", "unit"], "method", "sum").abs()
+    wide = scores.pivot(index=places, columns="method", values="score").abs()
     ranks = wide.groupby(level="slug").rank()
     methods = list(wide.columns)
     matrices = {}  # slug: [methods, methods]
@@ -416,28 +407,19 @@ def gap_boxes(ax: Any, gaps: dict[str, np.ndarray], smallest: float = 1e-4) -> A
     Gaps below ``smallest`` are drawn there. The dashed line is the 2 % that a method has to reach
     to be called closed.
     """
-    places = np.random.default_rng(0).uniform(-0.22, 0.22, max(map(len, gaps.values())))
-    for height, values in enumerate(gaps.values()):
-        clipped = np.maximum(values, smallest)
-        few = clipped[:: -(-len(clipped) // 400)]  # more points than this are a smear
+    rows = [np.maximum(values, smallest) for values in gaps.values()]
+    places = np.random.default_rng(0).uniform(-0.22, 0.22, max(map(len, rows)))
+    for height, row in enumerate(rows):
+        few = row[:: -(-len(row) // 400)]  # more points than this are a smear
         ax.scatter(few, height + places[: len(few)], s=14, color="#0b57d0", alpha=0.5, linewidth=0)
-        names = ("whislo", "q1", "med", "q3", "whishi")
-        box = dict(zip(names, np.quantile(clipped, [0.05, 0.25, 0.5, 0.75, 0.95]), strict=True))
-        ax.bxp(
-            [box],
-            positions=[height],
-            orientation="horizontal",
-            widths=0.5,
-            showfliers=False,
-            medianprops={"color": "#b3261e", "linewidth": 2},
-            manage_ticks=False,
-        )
+    style = {"medianprops": {"color": "#b3261e", "linewidth": 2}, "manage_ticks": False}
+    style |= {"positions": range(len(rows)), "widths": 0.5, "whis": (5, 95), "showfliers": False}
+    ax.boxplot(rows, orientation="horizontal", **style)
     ax.set_xscale("log")
     ax.set_yticks(range(len(gaps)), [readable(method) for method in gaps], parse_math=False)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value * 100:,.6g} %")
     ax.axvline(0.02, color="0.35", linestyle="--", linewidth=1)
-    ax.set(
-        ylim=(len(gaps) - 0.4, -0.6), xlabel="gap; box: middle half, line: median, whiskers: 5–95 %"
-    )
+    ax.set(ylim=(len(gaps) - 0.4, -0.6))
+    ax.set_xlabel("gap; box: middle half, line: median, whiskers: 5–95 %")
     ax.spines[["top", "right"]].set_visible(False)
     return ax

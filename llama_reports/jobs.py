@@ -78,27 +78,11 @@ class Plan:
         self._by = [public_name(model), model_digest(model), code_version()]
         # shortened digests of questions, and the levels of names; see _name
         self._questions, self._levels = array("Q"), array("B")
-        self._sizes, self._kinds = array("I"), array("H")
+        self.tokens = self.units = self.outputs = self.kinds = np.zeros(0, np.uint32)
         _require_prompt(self._notebook, self._takes(self._notebook))
 
-    @property
-    def tokens(self) -> np.ndarray:
-        return np.array(self._sizes[::3], np.uint32)
-
-    @property
-    def units(self) -> np.ndarray:
-        return np.array(self._sizes[1::3], np.uint32)
-
-    @property
-    def outputs(self) -> np.ndarray:
-        return np.array(self._sizes[2::3], np.uint32)
-
-    @property
-    def kinds(self) -> np.ndarray:
-        return np.array(self._kinds, np.uint16)
-
     def __len__(self) -> int:
-        return len(self._kinds)
+        return len(self._questions)
 
     def __iter__(self) -> Iterator[Job]:
         changed = InputError(f"{self.path} has changed since it was checked: start again.")
@@ -119,7 +103,7 @@ class Plan:
                 parameters=parameters,
                 identity=_digest_of([question, self.dtype, self._digest(source), *self._by]),
                 question=question,
-                tokens=self._sizes[3 * read],
+                tokens=int(self.tokens[read]),
             )
             read += 1
         if read < len(self):
@@ -162,7 +146,7 @@ def plan(
     context, vocabulary = _limits(model)
     taken = _Folders(out) if folders else None
     seen, kinds = {}, {}  # shortened question: line; notebook and methods: number
-    problems, bad, count = [], 0, 0
+    sizes, problems, bad, count = array("I"), [], 0, 0
     for row in read_entries(path):
         count += 1
         try:
@@ -191,15 +175,16 @@ def plan(
         jobs._levels.append(level)
         more = max(1, parameters.get("answer", 1)) - 1  # tokens that the model is yet to write
         outputs = len(read.target or (0,)) + more + max(0, len(read.foil or ()) - 1)
-        jobs._sizes.extend((read.input_ids.shape[1], len(read.units) + more, outputs))
         kind = source, frozenset(parameters.get("methods", ()))
-        jobs._kinds.append(kinds.setdefault(kind, len(kinds)))
+        kind = kinds.setdefault(kind, len(kinds))
+        sizes.extend((read.input_ids.shape[1], len(read.units) + more, outputs, kind))
     if problems:
         more = [f"  … and {bad - len(problems):,} more."] if bad > len(problems) else []
         raise InputError(
             f"{path}: {bad:,} of {count:,} entries cannot run, so none was started.\n"
             + "\n".join(problems + more)
         )
+    jobs.tokens, jobs.units, jobs.outputs, jobs.kinds = np.array(sizes, np.uint32).reshape(-1, 4).T
     jobs.asked = [(source.stem, methods) for source, methods in kinds]
     jobs.replaced = taken.replaced if taken else 0
     return jobs
@@ -368,7 +353,7 @@ class _Folders:
             )
         self.replaced += 1
 
-    def _is_own(self, name, entry, question):
+    def _is_own(self, name, question):
         """True if the report of that name answers this question."""
         return _facts(self.there[name]).get("question") == question
 

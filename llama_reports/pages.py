@@ -6,8 +6,10 @@ import html
 import io
 import re
 import warnings
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import bleach
 import jinja2
@@ -38,12 +40,12 @@ _TAGS = {
 _SILENT = re.compile(r"<(script|style|title)\b.*?</\1\s*>", re.DOTALL | re.IGNORECASE)  # not prose
 
 
-def shown(text):
+def shown(text: str) -> str:
     """``text`` with the control characters that HTML cannot carry made visible; nothing else."""
     return text.translate(_UNSHOWABLE)
 
 
-def content_policy(*, style, images, script=None):
+def content_policy(*, style: str, images: str, script: str | None = None) -> str:
     """A Content-Security-Policy that allows one style, at most one script, both by their SHA-256.
 
     ``style`` and ``script`` are the exact texts between the tags, ``images`` the sources of
@@ -59,7 +61,7 @@ def _digest(text):
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode()
 
 
-def overview_page(name, **values):
+def overview_page(name: str, **values: Any) -> bytes:
     """One of the pages over all reports, ``templates/<name>``, as bytes.
 
     It has the style, the policy and the script of the gallery; every value is escaped.
@@ -95,7 +97,7 @@ def _text(name):
     return (TEMPLATES / name).read_text(encoding="utf-8")
 
 
-def report_page(notebook, facts):
+def report_page(notebook: Any, facts: Mapping[str, Any]) -> str:
     """The executed ``notebook`` as one HTML page: no script, nothing fetched, the code folded away.
 
     ``facts`` are those of ``report.json``; ``prompt`` and ``error`` stand at the top. HTML that a
@@ -147,7 +149,7 @@ def _allowed(tag, name, value):
     )
 
 
-def thumbnail(folder):
+def thumbnail(folder: str | Path) -> Path | None:
     """Make ``figures/thumbnail.png`` of a report folder; its path, or None without a figure.
 
     The picture is at most 640 pixels wide, made from ``matrix_signed.png`` or else from the first

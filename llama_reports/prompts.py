@@ -63,7 +63,9 @@ def _as_text(value):
 
 
 def _as_answer(value):
-    return value if isinstance(value, bool | int) else _as_text(value)
+    if isinstance(value, bool | int):
+        return value
+    return _as_text(float(value) if isinstance(value, Decimal) else value)  # no part of a token
 
 
 def _as_list(value):
@@ -553,28 +555,19 @@ def _read_parquet(path):
         with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             _check_header(str(path), file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=256):
-                columns = dict(zip(batch.schema.names, batch.columns, strict=True))
                 for index in range(len(batch)):
                     number += 1
-                    yield _parquet_row(path.name, number, columns, index)
+                    raw, problem = None, None
+                    try:
+                        (cells,) = batch.slice(index, 1).to_pylist()
+                        raw = {name: cell for name, cell in cells.items() if cell is not None}
+                    except UnicodeDecodeError:
+                        problem = InputError("A text is not UTF-8: save it as UTF-8.")
+                    yield Row(path.name, number, None, raw, problem)
     except pyarrow.ArrowException as error:
         after = f" after row {number}" if number else ""
         why = str(error).splitlines()[0]
         raise InputError(f"{path} is not whole Parquet{after} ({why}): write it again.") from error
-
-
-def _parquet_row(name, number, columns, index):
-    """A null means not given."""
-    raw = {}
-    for column, cells in columns.items():
-        try:
-            value = cells[index].as_py()
-        except UnicodeDecodeError:
-            problem = InputError("The text is not UTF-8: save it as UTF-8.", field=column)
-            return Row(name, number, None, problem=problem)
-        if value is not None:
-            raw[column] = value
-    return Row(name, number, None, raw)
 
 
 FORMATS = {

@@ -9,6 +9,7 @@ import tempfile
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import nbformat
@@ -18,7 +19,7 @@ from nbclient.exceptions import DeadKernelError
 from helpers.models import BUNDLED, public_name
 from helpers.provenance import code_version
 from llama_reports.files import UNFINISHED, move_into_place
-from llama_reports.jobs import NOTEBOOKS, literal
+from llama_reports.jobs import NOTEBOOKS, Job, literal
 from llama_reports.pages import report_page, thumbnail
 
 ATTEMPTS = 2  # kernels that may die of one prompt
@@ -29,7 +30,7 @@ _code_version = cache(code_version)  # what this process runs, whatever becomes 
 
 
 @cache
-def report_source(notebook):
+def report_source(notebook: Path) -> str:
     """A notebook as JSON without its exercises and outputs: what a report runs and shows."""
     nodes = nbformat.read(notebook, as_version=4)
     lessons = {"not-in-report", "solution"}
@@ -40,7 +41,14 @@ def report_source(notebook):
     return nbformat.writes(nodes)
 
 
-def run_report(job, out, model=BUNDLED, *, source=None, engine="warm"):
+def run_report(
+    job: Job,
+    out: str | Path,
+    model: str = BUNDLED,
+    *,
+    source: str | None = None,
+    engine: str | None = "warm",
+) -> dict[str, Any]:
     """Execute one job and move its finished folder to ``out/<slug>``; returns the folder's facts.
 
     A notebook that fails leaves the same folder, with the notebook up to its error and the error
@@ -67,7 +75,7 @@ def run_report(job, out, model=BUNDLED, *, source=None, engine="warm"):
             return facts
 
 
-def keep_failure(job, out, model, error):
+def keep_failure(job: Job, out: Path, model: str, error: str) -> dict[str, Any]:
     """The folder of a job that came to no end of its own, with ``error``; returns its facts."""
     with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=out) as work:
         work = Path(work)

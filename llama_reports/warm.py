@@ -22,6 +22,7 @@ import threading
 import time
 from pathlib import Path
 from queue import Empty
+from typing import Any
 
 from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.manager import AsyncKernelManager
@@ -40,7 +41,7 @@ class ForkServer:
     It ends when ``close`` is called or this process ends, however that comes about.
     """
 
-    def __init__(self, model, dtype):
+    def __init__(self, model: str | None, dtype: str) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             # -P: a file in the current folder must not stand in for a module
@@ -58,17 +59,17 @@ class ForkServer:
         self.channel, self.stream = ours, ours.makefile("rw")
         self._read()
 
-    def fork(self, connection_file, cwd, environment):
+    def fork(self, connection_file: str, cwd: str, environment: dict[str, str]) -> "Forked":
         """A new kernel's process."""
         request = {"connection_file": connection_file, "cwd": cwd, "environment": environment}
         self.stream.write(json.dumps(request) + "\n")
         self.stream.flush()
         return Forked(self._read()["pid"])
 
-    def alive(self):
+    def alive(self) -> bool:
         return self.process.poll() is None
 
-    def close(self):
+    def close(self) -> None:
         self.stream.close()
         self.channel.close()
         self.process.kill()
@@ -90,44 +91,44 @@ class Forked:
 
     stdin = stdout = stderr = None
 
-    def __init__(self, pid):
+    def __init__(self, pid: int) -> None:
         self.pid, self.returncode = pid, None
         try:
             self._pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             self._pidfd, self.returncode = None, -1
 
-    def poll(self):
+    def poll(self) -> int | None:
         return self.wait(0)
 
-    def wait(self, timeout=None):
+    def wait(self, timeout: float | None = None) -> int | None:
         if self.returncode is None and select.select([self._pidfd], [], [], timeout)[0]:
             os.close(self._pidfd)
             self.returncode = -1  # how it ended is known to the fork server only
         return self.returncode
 
-    def send_signal(self, signum):
+    def send_signal(self, signum: int) -> None:
         if self.returncode is None:
             signal.pidfd_send_signal(self._pidfd, signum)
 
-    def kill(self):
+    def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def terminate(self):
+    def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
 
 
 class ForkProvisioner(LocalProvisioner):
     """Jupyter's local kernel, forked instead of started."""
 
-    async def launch_kernel(self, cmd, **kwargs):
+    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
         self.cwd = str(kwargs.get("cwd") or Path.cwd())
         environment = dict(kwargs.get("env") or os.environ)
         self.process = self.parent.server.fork(self.parent.connection_file, self.cwd, environment)
         self.pid = self.pgid = self.process.pid
         return self.connection_info
 
-    async def kill(self, restart=False):
+    async def kill(self, restart: bool = False) -> None:
         """Kill the kernel and see it gone: Jupyter looks again only every 0.1 s."""
         await super().kill(restart)
         if self.process is not None:
@@ -137,7 +138,7 @@ class ForkProvisioner(LocalProvisioner):
 class PromptClient(AsyncKernelClient):
     """Jupyter's client, ready 0.2 s sooner: it reads the greeting, where that waits for silence."""
 
-    async def wait_for_ready(self, timeout=None):
+    async def wait_for_ready(self, timeout: float | None = None) -> None:
         deadline = time.monotonic() + (timeout or float("inf"))
         while not await self._greeted(self.kernel_info()):
             if not await self.is_alive():
@@ -182,7 +183,7 @@ class WarmEngine(NBClientEngine):
     _server = _holds = None
 
     @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **kwargs: Any) -> None:
         save = nb_man.save
         nb_man.save = lambda **kwargs: None  # twice a cell is dear; papermill saves at the end
         try:
@@ -207,7 +208,7 @@ class WarmEngine(NBClientEngine):
             return cls._server
 
     @classmethod
-    def close(cls):
+    def close(cls) -> None:
         """End the process that kernels are forked from; the next run starts another."""
         if cls._server is not None:
             atexit.unregister(cls._server.close)

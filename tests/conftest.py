@@ -45,17 +45,33 @@ from pathlib import Path
 import pandas as pd
 from helpers import ask, attribute, load_model
 prompt: str = "The keys to"
-model_name: str = "SmolLM2-135M-Instruct"
+messages: list = []
+target: str = ""
+foil: str = ""
+answer: int = 0
+answer_text: str = ""
+units: str = "tokens"
+sources: list = []
+chat: bool = False
+raw: bool = False
+evidence: str = ""
 methods: list = []
+model_name: str = "SmolLM2-135M-Instruct"
 output_dir: str = "."
 ---
 model, tokenizer = load_model(model_name)
-question = ask(model, tokenizer, prompt)
-scores = attribute(model, question, "relevance").scores
+asked = {"target": target or None, "foil": foil or None, "answer": answer_text or answer or None}
+asked |= {"units": units, "sources": sources or None, "chat": chat, "raw": raw}
+question = ask(model, tokenizer, messages or prompt, **asked)
+result = attribute(model, question, "relevance")
 ---
-table = {"prompt": prompt, "position": range(len(scores)), "token": question.labels}
-table |= {"method": "relevance", "score": scores.tolist()}
-pd.DataFrame(table).to_csv(Path(output_dir) / "scores.csv", index=False)
+table = pd.DataFrame({"unit": range(len(result.units)), "score": result.scores.tolist()})
+table = table.assign(prompt=prompt, method="relevance", output=None, error=None)
+for name in ("part", "label"):
+    table[name] = [getattr(unit, name) for unit in result.units]
+table["start"] = [unit.positions[0] for unit in result.units]
+table["end"] = [unit.positions[-1] + 1 for unit in result.units]
+table.to_csv(Path(output_dir) / "scores.csv", index=False)
 """
 
 

@@ -10,7 +10,7 @@ def write_report(out, slug, prompt, methods=None, *, error=None, figure=True, **
     """Make ``out/slug`` as ``08_comparison`` and ``run_report`` do; returns the folder.
 
     ``methods`` maps a name to what its row of ``evidence.csv`` says beside the defaults; the key
-    ``scores`` holds the scores of the tokens. ``facts`` go to ``report.json`` or, those that it has
+    ``scores`` holds the scores of the units. ``facts`` go to ``report.json`` or, those that it has
     no place for, to ``provenance.json``.
     """
     folder = out / slug
@@ -27,7 +27,7 @@ def write_report(out, slug, prompt, methods=None, *, error=None, figure=True, **
     (folder / "report.html").write_text("<title>a report</title>", encoding="utf-8")
     if error is not None or methods is None:
         return folder
-    defaults = {"strongest token": " is", "sum of scores": 1.5, "gap": None, "closed": "-"}
+    defaults = {"strongest unit": " is", "sum of scores": 1.5, "gap": None, "closed": "-"}
     defaults |= {"error": None, "evaluations": 1, "forwards": 2, "seconds": 0.25}
     defaults |= {"faithfulness": 1.0, "random_faithfulness": -0.5, "beats_random": 0.5}
     defaults |= {"evidence_rank": None, "verdict": ""}
@@ -36,8 +36,9 @@ def write_report(out, slug, prompt, methods=None, *, error=None, figure=True, **
     for name, said in methods.items():
         evidence.append({"method": name} | defaults | {k: said[k] for k in said if k != "scores"})
         for i, score in enumerate(said.get("scores", [0.5, -1.0, 2.0])):
-            row = {"prompt": text, "position": i, "token": f" {i}", "method": name}
-            scores.append(row | {"score": float(score)})
+            row = {"prompt": text, "method": name, "output": None, "unit": i, "part": "prompt"}
+            row |= {"start": i, "end": i + 1, "label": f" {i}"}
+            scores.append(row | {"score": float(score), "error": None})
     _write_table(folder / "evidence.csv", evidence)
     _write_table(folder / "scores.csv", scores)
     known = {"target": " Rig", "foil": None, "tokens": 3, "dtype": "float32"} | facts

@@ -30,4 +30,4 @@ def wait_for(seen, process):
 def scores(out):
     """``scores.parquet`` in an order that does not depend on that of the run."""
     table = pd.read_parquet(out / "scores.parquet")
-    return table.sort_values(["slug", "method", "position"], ignore_index=True)
+    return table.sort_values(["slug", "method", "output", "unit"], ignore_index=True)

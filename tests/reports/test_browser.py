@@ -209,7 +209,7 @@ def hostile_folder(tmp_path_factory):
     for i, text in enumerate(HOSTILE):
         slug = SLUGS[i] if i < len(SLUGS) else f"h{i}"
         told = text.encode("utf-8", "replace").decode()  # what a file in UTF-8 can hold
-        said = {told: {"strongest token": told, "closed": "NO"}, "saliency": {}}
+        said = {told: {"strongest unit": told, "closed": "NO"}, "saliency": {}}
         said[told]["gap"] = 0.5 if i == 4 else None  # one figure is enough
         names = {"target": text, "foil": text, "model": text, "notebook": text}
         write_report(
@@ -502,7 +502,7 @@ def test_a_screen_reader_finds_a_table_with_heads_and_a_live_count(page, tmp_pat
     assert {
         ("columnheader", "Prompt"),
         ("button", "Gap"),
-        ("image", "Scores by method and token"),
+        ("image", "Scores by method and unit"),
     } <= (set(found))
     assert roles.count("listitem") == 1 and "status" in roles
     assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -15,7 +15,7 @@ from PIL import Image
 from report_folders import write_report
 
 from helpers.faithfulness import bootstrap_interval, rank_correlation
-from llama_reports.gallery import compare, read_reports, write_index
+from llama_reports.gallery import agreement, compare, read_reports, write_index
 from llama_reports.pages import content_policy, report_page, shown, thumbnail
 
 METHODS = {"saliency": {}, "occlusion": {}, "random": {}}
@@ -81,11 +81,12 @@ def test_prompts_that_look_like_numbers_or_nothing_stay_text_in_the_table(tmp_pa
         write_report(tmp_path, slug, prompt, METHODS)
     write_index(tmp_path)
     table = pd.read_parquet(tmp_path / "scores.parquet")
-    assert list(table.columns) == ["prompt", "position", "token", "method", "score", "slug"]
+    columns = "slug prompt method output unit part start end label score error"
+    assert list(table.columns) == columns.split()
     assert table.groupby("slug")["prompt"].unique().map(list).to_dict() == {
         slug: [prompt] for slug, prompt in prompts.items()
     }
-    assert table["score"].dtype == float and table["position"].dtype == int
+    assert table["score"].dtype == float and table["unit"].dtype == int
 
 
 def test_a_report_that_is_gone_is_gone_from_the_table(tmp_path):
@@ -130,7 +131,7 @@ def test_a_very_long_prompt_is_cut_and_says_so(tmp_path):
 def test_the_probability_of_the_target_is_a_column_where_it_is_known(tmp_path):
     write_report(tmp_path, "a", "one", METHODS)
     assert "Target %" not in text_of(write_index(tmp_path).read_text(encoding="utf-8"))
-    write_report(tmp_path, "b", "two", METHODS, target_probability=0.87)
+    write_report(tmp_path, "b", "two", METHODS, probability=0.87)
     page = text_of(write_index(tmp_path).read_text(encoding="utf-8"))
     assert "Target %" in page and "87 %" in page
 
@@ -190,6 +191,14 @@ def test_agreement_is_the_mean_rank_correlation_of_magnitudes(tmp_path):
         mean, low, high = bootstrap_interval(each)
         expected = {"mean": mean, "low": low, "high": high, "prompts": 7}
         assert found[pair] == pytest.approx(expected)
+
+
+def test_agreement_is_that_of_totals_whatever_single_outputs_say(tmp_path):
+    scored(tmp_path, 1, ["a", "b"])
+    write_index(tmp_path)
+    table = pd.read_parquet(tmp_path / "scores.parquet")
+    other = table.assign(output=1, score=np.arange(len(table)) % 5)
+    assert agreement(pd.concat([table, other])) == agreement(table)
 
 
 def test_reports_on_one_prompt_count_once(tmp_path):

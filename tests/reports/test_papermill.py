@@ -84,7 +84,7 @@ def test_runs_on_another_shape_of_llama(name, other_llama, tmp_path):
 def test_an_attribution_that_did_not_close_says_so_where_it_is_shown(tmp_path):
     """This path needed hundreds of evaluations; here it may take the first look and no more."""
     parameters = {"prompt": "The dog barked at the", "methods": ["integrated_gradients"]}
-    notebook = run("08_comparison", tmp_path, max_evaluations=33, **parameters)
+    notebook = run("08_comparison", tmp_path, budget=33, **parameters)
     text = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
     assert "did NOT close" in text
     titles = [

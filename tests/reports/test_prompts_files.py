@@ -17,10 +17,11 @@ import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from running import write_notebook
 
 import helpers
 import llama_reports
-from helpers import InputError
+from helpers import InputError, ask, attribute
 from helpers.attribution import METHODS
 from helpers.models import tiny_llama
 from helpers.provenance import code_version, model_digest
@@ -28,12 +29,14 @@ from llama_reports import jobs as jobs_module
 from llama_reports.jobs import find_notebook, finished, notebook_digest, plan
 from llama_reports.prompts import LONGEST_LINE, Entry, read_entries
 
+TEXTS = ("prompt", "id", "target", "foil", "answer", "units", "evidence", "notebook")
+LISTS = ("methods", "sources")
+MESSAGE = pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()})
 SCHEMA = pyarrow.schema(
-    [
-        (name, pyarrow.string())
-        for name in ("prompt", "id", "target", "foil", "evidence", "notebook")
-    ]
-    + [("chat", pyarrow.bool_()), ("methods", pyarrow.list_(pyarrow.string()))]
+    [(name, pyarrow.string()) for name in TEXTS]
+    + [(name, pyarrow.bool_()) for name in ("chat", "raw")]
+    + [(name, pyarrow.list_(pyarrow.string())) for name in LISTS]
+    + [("messages", pyarrow.list_(MESSAGE))]
 )
 
 
@@ -42,8 +45,11 @@ def as_csv(entries):
     writer = csv.DictWriter(text, list(Entry.model_fields))
     writer.writeheader()
     for entry in entries:
-        cells = {name: value for name, value in entry.items() if name != "methods"}
-        writer.writerow(cells | {"methods": " ".join(entry.get("methods", []))})
+        cells = {"methods": " ".join(entry.get("methods", []))}
+        cells |= {
+            name: json.dumps(entry[name]) for name in ("messages", "sources") if name in entry
+        }
+        writer.writerow(entry | cells)
     return text.getvalue().encode()
 
 
@@ -88,41 +94,58 @@ def refused(planned):
 # --- the same in every format ------------------------------------------------------------------
 
 text = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=12)
-letter = st.sampled_from("abcdefgh")
-entries = st.lists(
+content = text.filter(str.strip)
+words = st.text("abcdefgh", min_size=1, max_size=5)
+said = st.fixed_dictionaries({"role": st.just("user"), "content": content})
+heard = st.fixed_dictionaries({"role": st.just("assistant"), "content": content})
+asked = st.one_of(  # who asks, and in what form
     st.fixed_dictionaries(
-        {"prompt": text.filter(str.strip)},
-        optional={
-            "id": st.from_regex(r"[a-z][a-z0-9_.]{0,8}[a-z]", fullmatch=True),
-            "target": letter,
-            "foil": letter.map(str.upper),
-            "chat": st.booleans(),
-            "methods": st.lists(st.sampled_from(sorted(METHODS)), min_size=1, max_size=3),
-            "notebook": st.sampled_from(["08_comparison"]),
-        },
+        {"prompt": content}, optional={"chat": st.booleans(), "raw": st.just(False)}
     ),
-    min_size=1,
-    max_size=4,
+    st.fixed_dictionaries({"prompt": content.map("Read this. {} Think.".format)}).map(
+        lambda entry: entry | {"sources": ["Read this."]}
+    ),
+    st.fixed_dictionaries({"messages": st.tuples(said).map(list)}),
+    st.fixed_dictionaries({"messages": st.tuples(said, heard, said, heard).map(list)}),
 )
+explained = st.one_of(  # what is explained
+    st.fixed_dictionaries({}, optional={"target": words}),
+    st.fixed_dictionaries({"target": words, "foil": words.map(str.upper)}),
+    st.fixed_dictionaries({"answer": words}),
+)
+more = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": st.from_regex(r"[a-z][a-z0-9_.]{0,8}[a-z]", fullmatch=True),
+        "units": st.sampled_from(["tokens", "words", "sentences", "turns"]),
+        "methods": st.lists(st.sampled_from(sorted(METHODS)), min_size=1, max_size=3),
+    },
+)
+entry = st.tuples(asked, explained, more).map(lambda parts: parts[0] | parts[1] | parts[2])
 
 
-@given(entries=entries)
+@given(entries=st.lists(entry, min_size=1, max_size=4))
 @example(
     entries=[{"prompt": 'a "quoted", b\nand\tmore', "target": " "}, {"prompt": "- #'{x}: &*!"}]
 )
 @settings(max_examples=30, deadline=None)
-def test_the_same_entries_in_four_formats_are_the_same_jobs(entries, tiny_folder, tmp_path_factory):
+def test_the_same_entries_in_four_formats_are_the_same_jobs(
+    entries, tiny_folder, quick_notebook, tmp_path_factory
+):
     folder, found = tmp_path_factory.mktemp("formats"), []
+    given = {"model": str(tiny_folder), "notebook": quick_notebook()}
     for suffix, write in FORMATS.items():
         (folder / f"prompts.{suffix}").write_bytes(write(entries))
         try:
-            jobs = list(plan(folder / f"prompts.{suffix}", model=str(tiny_folder)))
+            jobs = list(plan(folder / f"prompts.{suffix}", **given))
         except InputError as error:  # asked twice, or two of an id: the same entries in all
             jobs = str(error).splitlines()[0].split(":")[1]
         found.append(jobs)
     assert found[0] == found[1] == found[2] == found[3]
     if isinstance(found[0], list):
-        assert [job.prompt for job in found[0]] == [entry["prompt"] for entry in entries]
+        for job, entry in zip(found[0], entries, strict=True):
+            assert job.asked["prompt"] == entry.get("messages", entry.get("prompt"))
+            assert job.asked["answer"] == entry.get("answer")
         assert pickle.loads(pickle.dumps(found[0])) == found[0]
 
 
@@ -157,20 +180,20 @@ def test_csv_cells_say_yes_and_name_methods(planned, cell):
     [
         (
             "p.csv",
-            'prompt,target\n"a\nb",c\nx,ab\n',
-            "p.csv, line 4, row 2, column 'target':",
-            "is 2",
+            'prompt,target,foil\n"a\nb",c,\nx,ab,ab\n',
+            "p.csv, line 4, row 2, column 'foil':",
+            "is the target itself",
         ),
         ("p.csv", "prompt,chat\nHi,perhaps\n", "line 2, row 1, column 'chat':", "valid boolean"),
         ("p.csv", "prompt,foil\n\nHi\n", "p.csv, line 3, row 1:", "1 cells and the header 2"),
         ("p.csv", "prompt,foil\nHi,a,b\n", "p.csv, line 2, row 1:", "3 cells and the header 2"),
         ("p.csv", 'prompt\n"a"b\nHi\n', "p.csv, line 2, row 1:", "not CSV"),
         ("p.csv", 'prompt\nHi\n"never\nclosed\n', "p.csv, line 3, row 2:", "not CSV"),
-        ("p.csv", "prompt,target\n,a\n", "line 2, row 1, column 'prompt':", "prompt is empty"),
+        ("p.csv", "prompt,target\n,a\n", "line 2, row 1, column 'prompt':", "'prompt' is missing"),
         ("p.csv", b"prompt\nHi\nM\xfcnchen\n", "p.csv, line 3, row 2:", "not UTF-8 (byte 0xfc)"),
         ("p.csv", b"prompt\na\0b\n", "p.csv, line 2, row 1:", "NUL byte"),
         ("p.csv", f"prompt\n{'x' * 140_000}\n", "p.csv, line 2, row 1:", "field limit"),
-        ("p.jsonl", '"Hi"\n{"prompt": "x", "foil": "ab"}', "p.jsonl, line 2, key 'foil':", "is 2"),
+        ("p.jsonl", '"Hi"\n{"prompt": "x", "foil": ""}', "line 2, key 'foil':", "must be text"),
         ("p.jsonl", '"Hi"\n\n{"prompt": \n"Ho"', "p.jsonl, line 3:", "not JSON"),
         ("p.jsonl", "[1]", "p.jsonl, line 1:", "JSON reads this as list"),
         ("p.jsonl", f"{'[' * 100_000}", "p.jsonl, line 1:", "an entry is"),
@@ -184,13 +207,18 @@ def test_csv_cells_say_yes_and_name_methods(planned, cell):
         ("p.jsonl", b'"Hi"\n"\xff"\n', "p.jsonl, line 2:", "not UTF-8"),
         ("p.jsonl", r'"a\ud800"', "p.jsonl, line 1, key 'prompt':", "half of a surrogate"),
         ("p.jsonl", r'"a\u0000"', "p.jsonl, line 1, key 'prompt':", "a NUL character"),
-        ("p.jsonl", r'{"prompt": "a", "foil": "\udc80"}', "line 1, key 'foil':", "valid string"),
-        ("p.jsonl", '{"prompt": "a", "foil": "%s"}' % ("b" * 2000), "key 'foil':", "at most 1000"),
+        ("p.jsonl", r'{"prompt": "a", "foil": "\udc80"}', "line 1, key 'foil':", "half of a"),
+        (
+            "p.jsonl",
+            '{"prompt": "a", "evidence": "%s"}' % ("b" * 2000),
+            "key 'evidence':",
+            "most 1000",
+        ),
         (
             "p.yml",
-            "- Hi\n- {prompt: x, target: ab}",
+            "- Hi\n- {prompt: x, target: yes}",
             "p.yml, line 2, entry 2 ('x'), key 'target':",
-            "is",
+            "True is no text here: put it in quotes",
         ),
         ("p.yml", "- Hi\n- {prompt: x, prompt: y}", "p.yml, line 2, entry 2:", "is there twice"),
         ("p.yml", "- Hi\n- 2024-05-45\n", "p.yml, line 2, entry 2:", "put the text in quotes"),
@@ -198,9 +226,9 @@ def test_csv_cells_say_yes_and_name_methods(planned, cell):
         ("p.yml", "- Hi\n- ? [a]\n  : b\n", "p.yml, line 2, entry 2:", "not YAML"),
         (
             "p.parquet",
-            [{"prompt": "a"}, {"prompt": "b", "foil": "ab"}],
+            [{"prompt": "a"}, {"prompt": "b", "foil": ""}],
             "row 2, column 'foil':",
-            "is 2",
+            "must be text",
         ),
         (
             "p.parquet",
@@ -324,8 +352,187 @@ def test_aliases_of_aliases_do_not_fill_the_memory(tmp_path):
     assert done.returncode == 0, done.stderr
     told = done.stdout.splitlines()
     for file in files:
-        assert any(file.name in line and "1,000 parts" in line for line in told), told
+        assert any(file.name in line and "10,000 parts" in line for line in told), told
     assert len(done.stdout) < 10_000
+
+
+# --- what an entry may ask ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def one(planned, quick_notebook):
+    """A function: the only job of a file, for a notebook that takes every key."""
+
+    def one(name, content):
+        (job,) = planned(name, content, notebook=quick_notebook())
+        return job
+
+    return one
+
+
+@pytest.mark.parametrize(
+    "name, content, target",
+    [
+        ("p.yml", "- {prompt: x, target: 1066}", "1066"),
+        ("p.yml", "- {prompt: x, target: 0x10}", "0x10"),
+        ("p.yml", "- {prompt: x, target: 1.50}", "1.50"),
+        ("p.yml", "- {prompt: x, target: 1066-10-14}", "1066-10-14"),
+        ("p.yml", "- {prompt: x, target: 'yes'}", "yes"),
+        ("p.jsonl", '{"prompt": "x", "target": 1066}', "1066"),
+        ("p.jsonl", '{"prompt": "x", "target": 1.50}', "1.50"),
+        ("p.csv", "prompt,target\nx,1066\n", "1066"),
+    ],
+)
+def test_a_number_is_the_text_that_was_written(one, name, content, target):
+    assert one(name, content).parameters["target"] == target
+
+
+@pytest.mark.parametrize("target", ["true", "null_", "1e5", "[1]", "NaN"])
+def test_what_is_no_text_is_told_to_be_quoted(refused, target):
+    if target == "null_":
+        message = refused("p.yml", "- {prompt: x, target: {a: b}}")
+    else:
+        message = refused("p.jsonl", f'{{"prompt": "x", "target": {target}}}')
+    assert "key 'target':" in message and "put it in quotes" in message
+
+
+def test_an_answer_is_a_number_of_tokens_or_a_text(one):
+    for name, content, answer, expected in [
+        ("p.yml", "- {prompt: x, answer: true}", 40, {"answer": 40}),
+        ("p.yml", "- {prompt: x, answer: 7}", 7, {"answer": 7}),
+        ("p.yml", "- {prompt: x, answer: '7'}", "7", {"answer_text": "7"}),
+        ("p.yml", "- {prompt: x, answer: no}", None, {}),
+        ("p.csv", "prompt,answer\nx,True\n", 40, {"answer": 40}),
+        ("p.csv", "prompt,answer\nx,07\n", 7, {"answer": 7}),
+        ("p.csv", "prompt,answer\nx,yes sir\n", "yes sir", {"answer_text": "yes sir"}),
+    ]:
+        job = one(name, content)
+        assert job.asked["answer"] == answer
+        found = {key: value for key, value in job.parameters.items() if "answer" in key}
+        assert found == expected
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Capital of Latvia?"},
+    {"role": "assistant", "content": "It is"},
+]
+
+
+def test_messages_are_read_from_every_format_and_from_openais_lines(one, tmp_path):
+    parts = [{"type": "text", "text": "Capital of "}, {"type": "text", "text": "Latvia?"}]
+    other = [CHAT[0], {"role": "user", "content": parts, "name": "me"}, CHAT[2] | {"weight": 0}]
+    batch = {"custom_id": "r1", "method": "POST", "url": "/v1/chat/completions"}
+    native = pyarrow.table({"messages": [CHAT]})
+    pyarrow.parquet.write_table(native, tmp_path / "native.parquet")
+    jobs = [
+        one("p.yml", yaml.safe_dump([{"messages": CHAT}])),
+        one("p.jsonl", json.dumps({"messages": other})),
+        one("p.jsonl", json.dumps(batch | {"body": {"model": "gpt", "messages": CHAT}})),
+        one("p.csv", as_csv([{"messages": CHAT}])),
+        one("p.parquet", (tmp_path / "native.parquet").read_bytes()),
+    ]
+    for job in jobs:
+        assert job.parameters["messages"] == job.asked["prompt"] == CHAT
+        assert "prompt" not in job.parameters
+        assert job.prompt == "system: Be brief.\nuser: Capital of Latvia?\nassistant: It is"
+    assert len({job.question for job in jobs}) == 1
+    assert [job.slug for job in jobs] == ["capital-of-latvia"] * 2 + ["r1"] + [jobs[0].slug] * 2
+
+
+@pytest.mark.parametrize(
+    "entry, complaint",
+    [
+        ({"messages": [CHAT[0]]}, "key 'messages': The user says nothing"),
+        ({"messages": [CHAT[1], CHAT[0]]}, "key 'messages': Message 1 is a system message"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "Message 0 has the role 'tool'"),
+        ({"messages": [CHAT[1] | {"content": ""}]}, "key 'messages': The content of message 0 is"),
+        ({"messages": [CHAT[1] | {"content": "a\0"}]}, "key 'messages': The text has a NUL"),
+        ({"messages": []}, "key 'messages':"),
+        ({"messages": "hello"}, "key 'messages': It is no list"),
+        ({"messages": CHAT[1:], "prompt": "x"}, "key 'messages': It has a prompt and messages"),
+        ({"target": "x"}, "key 'prompt': The key 'prompt' is missing"),
+        ({"prompt": "ab", "sources": ["y"]}, "key 'sources': Source 0, 'y', does not stand in"),
+        ({"prompt": "x x", "sources": ["x"]}, "key 'sources': Source 0, 'x', stands 2 times"),
+        ({"prompt": "abc", "sources": ["ab", "bc"]}, "key 'sources': Sources 0 and 1 overlap"),
+        ({"prompt": "x", "sources": ["x", None]}, "key 'sources': Number 1: None is no text"),
+        ({"prompt": "x", "methods": ["random", "no"]}, "key 'methods': Number 1: There is no me"),
+        ({"prompt": "ab", "units": "paragraphs"}, "key 'units': There are no units 'paragraphs'"),
+        ({"prompt": "x", "answer": 0}, "key 'answer': The answer 0 is neither a text nor"),
+        ({"prompt": "x", "answer": 1.5}, "key 'answer': 1.5 is no text here"),
+        ({"prompt": "x", "answer": ""}, "key 'answer': The answer is empty"),
+        ({"prompt": "x", "answer": 5, "target": "a"}, "key 'answer': Give a target or an answer"),
+        ({"prompt": "x", "answer": 5, "foil": "a"}, "key 'answer': An answer has no foil"),
+        ({"prompt": "x", "answer": 5000}, "5,000 more behind it and the model reads at most 2,048"),
+        ({"prompt": "x", "raw": True, "chat": True}, "key 'raw': raw and chat exclude each other"),
+        ({"prompt": "this hill", "evidence": "is"}, "key 'evidence': The evidence 'is' is not a"),
+        ({"prompt": "x", "evidence": ""}, "key 'evidence': The evidence '' is not a whole word"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_sentence_with_the_key(
+    refused, quick_notebook, entry, complaint
+):
+    message = refused("p.jsonl", json.dumps(entry), notebook=quick_notebook())
+    assert complaint in message and message.count("\n") == 1
+
+
+def test_evidence_is_sought_in_what_was_written_and_not_in_the_template(one, refused, tmp_path):
+    assert one("p.jsonl", json.dumps({"messages": CHAT, "evidence": "Latvia"}))
+    assert one("p.jsonl", '{"prompt": "你好世界", "evidence": "世界"}')
+    entry = json.dumps({"prompt": "Hi", "chat": True, "evidence": "assistant"})
+    assert "not a whole word of the prompt" in refused("p.jsonl", entry)
+
+
+def test_a_token_without_an_embedding_is_refused(tiny, tmp_path):
+    model, tokenizer = tiny_llama()
+    tokenizer.add_tokens(["Zork"])
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    for entry, role in ("The Zork", "prompt"), ({"prompt": "x", "target": "Zork"}, "target"):
+        (tmp_path / "p.jsonl").write_text(json.dumps(entry))
+        with pytest.raises(InputError, match=f"The {role} holds .*no embedding"):
+            plan(tmp_path / "p.jsonl", model=str(tmp_path / "model"))
+
+
+def test_a_key_that_the_notebook_does_not_take_is_refused(refused, tmp_path):
+    path = write_notebook(tmp_path / "few.ipynb", "prompt = ''")
+    for entry, name in (
+        ({"messages": CHAT}, "messages"),
+        ({"prompt": "x", "answer": "y"}, "answer"),
+        ({"prompt": "x", "units": "words"}, "units"),
+    ):
+        message = refused("p.jsonl", json.dumps(entry), notebook=str(path))
+        assert f"key {name!r}: The notebook few has no parameter" in message
+
+
+def test_the_sizes_of_a_plan_are_those_of_its_questions(planned, quick_notebook, tiny):
+    entries = [
+        {"prompt": "two words", "units": "words", "target": "y"},
+        {"prompt": "x", "target": "abc"},
+        {"prompt": "x", "target": "ab", "foil": "cde"},
+        {"prompt": "x", "answer": 4},
+        {"messages": CHAT, "units": "turns"},
+    ]
+    jobs = planned("p.jsonl", "\n".join(map(json.dumps, entries)), notebook=quick_notebook())
+    assert jobs.outputs.tolist() == [1, 3, 4, 4, 1]
+    for job, tokens, units, outputs in zip(
+        jobs, jobs.tokens, jobs.units, jobs.outputs, strict=True
+    ):
+        question = ask(*tiny, **job.asked)
+        result = attribute(tiny[0], question, "relevance", each=True)
+        assert (tokens, units) == (question.input_ids.shape[1], len(result.scores))
+        assert outputs == len(result.outputs)
+
+
+def test_the_default_notebook_takes_every_key(planned):
+    entries = [
+        {"prompt": "one two", "target": "a", "foil": "b", "units": "words", "evidence": "two"},
+        {"prompt": "<|im_start|>x", "raw": True, "answer": 3},
+        {"prompt": "Read. Think.", "sources": ["Read."], "chat": True, "answer": "y"},
+        {"messages": CHAT, "methods": ["random"]},
+    ]
+    with_bos = entries.pop(1)  # the toy's tokenizer adds no such token by itself
+    assert len(planned("p.jsonl", "\n".join(map(json.dumps, [*entries, with_bos])))) == 4
 
 
 # --- what is held ------------------------------------------------------------------------------
@@ -336,7 +543,8 @@ def test_a_plan_can_be_read_again_and_holds_a_few_numbers_a_prompt(planned):
     assert list(jobs) == list(jobs) and len(jobs) == 300
     assert jobs.tokens.tolist() == [job.tokens for job in jobs]
     assert jobs.tokens[0] == len("Prompt number 0")  # a token a byte
-    assert len(pickle.dumps([jobs._tokens, jobs._kinds, jobs._questions, jobs._levels])) < 300 * 24
+    held = [jobs.tokens, jobs.units, jobs.outputs, jobs.kinds, jobs._questions, jobs._levels]
+    assert len(pickle.dumps(held)) < 300 * 32
 
 
 @pytest.mark.parametrize("now", ['"Hi"\n"Other"\n', '"Hi"\n', '"Hi"\n"Ho"\n"More"\n', '"Hi"\n{'])
@@ -444,11 +652,8 @@ def test_a_second_file_adds_and_never_takes_the_folder_of_another_question(plann
     write_report(out, other)
     swapped = list(planned("three.yml", "- Hello\n- Hello!", out=out))
     assert swapped == [again, other]
-    old = {"question": "absent"}  # a report from before: its prompt tells
-    write_report(out, first, **old)
-    assert next(iter(planned("four.yml", "- Hello\n- Hello?", out=out))).slug == "hello"
-    write_report(out, first, prompt="Hallo", **old)
-    assert next(iter(planned("five.yml", "- Hello", out=out))).slug == f"hello-{again.question[:6]}"
+    write_report(out, first, question="absent")  # whose question nobody knows
+    assert next(iter(planned("four.yml", "- Hello", out=out))).slug == f"hello-{again.question[:6]}"
 
 
 def test_an_id_keeps_its_folder_when_its_question_changes(planned, tmp_path):
@@ -481,7 +686,13 @@ def test_identity_changes_with_all_that_a_report_depends_on(planned, tmp_path, m
         '{"prompt": "Hi", "target": "a"}',
         '{"prompt": "Hi", "foil": "a"}',
         '{"prompt": "Hi", "chat": true}',
-        '{"prompt": "Hi", "evidence": "H"}',
+        '{"prompt": "Hi", "evidence": "Hi"}',
+        '{"prompt": "Hi", "raw": true}',
+        '{"prompt": "Hi", "units": "words"}',
+        '{"prompt": "Hi", "sources": ["Hi"]}',
+        '{"prompt": "Hi", "answer": 3}',
+        '{"prompt": "Hi", "answer": "3"}',
+        '{"messages": [{"role": "user", "content": "Hi"}]}',
         '{"prompt": "Hi", "methods": ["saliency"]}',
     ]
     others = [one(entry) for entry in asked]

@@ -12,7 +12,6 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import papermill
-import pyarrow.parquet
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -22,7 +21,7 @@ from papermill.parameterize import parameterize_notebook
 
 from helpers import InputError
 from llama_reports.files import write_whole
-from llama_reports.gallery import write_index
+from llama_reports.gallery import read_reports, write_index
 from llama_reports.jobs import find_notebook, plan
 from llama_reports.pages import report_page
 from llama_reports.prompts import read_entries
@@ -55,8 +54,8 @@ def refusal(folder, text, **options):
         ("- 42", "put the prompt in quotes"),
         ("- yes", "put the prompt in quotes"),
         ("- prompt: Hi\n  chat: maybe", "value of 'chat'"),
-        ("- prompt: Hi\n  target: 5", "value of 'target'"),
-        ("- prompt: Hi\n  target: ' Riga'", "is 2 tokens"),
+        ("- prompt: Hi\n  target: yes", "put it in quotes"),
+        ("- prompt: Hi\n  target: ''", "must be text"),
         ("- prompt: Hi\n  target: ' a'\n  foil: ' a'", "is the target itself"),
         ("- prompt: Hi\n  methods: [magic]", "no method 'magic'"),
         ("- prompt: Hi\n  notebook: 99_magic", "no notebook '99_magic'"),
@@ -188,13 +187,13 @@ def test_a_run_leaves_whole_reports_and_a_failure_is_kept(reports):
 def test_scores_are_tidy_and_read_back_as_they_were(reports, hostile):
     folder, _ = reports
     table = pd.read_parquet(folder / "scores.parquet")
-    assert list(table.columns)[:5] == ["prompt", "position", "token", "method", "score"]
+    columns = "slug prompt method output unit part start end label score error"
+    assert list(table.columns) == columns.split()
     assert set(table["slug"]) == {"plain", "hostile"}
     mine = table[table["slug"] == "hostile"]
     assert set(mine["prompt"]) == {hostile}
-    one = mine[mine["method"] == "saliency"].sort_values("position")
-    assert "NA" not in set(one["token"]) and one["score"].notna().all()
-    assert pyarrow.parquet.read_schema(folder / "scores.parquet").names[-1] == "slug"
+    one = mine[mine["method"] == "saliency"].sort_values("unit")
+    assert "NA" not in set(one["label"]) and one["score"].notna().all()
 
 
 def test_reports_hold_no_local_path_and_no_user(reports):
@@ -233,7 +232,7 @@ def test_provenance_names_what_the_numbers_depend_on(reports):
     facts = json.loads((folder / "plain" / "provenance.json").read_text(encoding="utf-8"))
     for key in ("model", "weights_sha256", "torch", "transformers", "captum", "dtype", "device"):
         assert facts[key], key
-    assert {"attention_implementation", "seed", "target_id"} <= set(facts)
+    assert {"attention_implementation", "seed", "target_ids"} <= set(facts)
     assert re.fullmatch(r"[0-9a-f]{64}", facts["weights_sha256"])
 
 
@@ -251,10 +250,51 @@ def test_bundled_model_reports_on_a_prompt_no_notebook_contains(tmp_path):
     )
     table = pd.read_csv(tmp_path / "scores.csv", keep_default_na=False)
     first = table[table["method"] == "saliency"]
-    assert "".join(first["token"]) == prompt and set(table["method"]) == {"saliency", "attention"}
+    assert "".join(first["label"]) == prompt and set(table["method"]) == {"saliency", "attention"}
     assert any(
         "image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", [])
     )
+
+
+CHAT = [
+    {"role": "system", "content": "Be <b>brief</b>."},
+    {"role": "user", "content": "Which keys?"},
+]
+
+
+def one_report(folder, entry, model, **options):
+    """The facts of the only report of ``entry`` in ``folder / "out"``."""
+    (job,) = plan(prompts_file(folder, yaml.safe_dump([entry])), model=str(model), **options)
+    return run_report(job, folder / "out", str(model))
+
+
+def test_messages_are_shown_as_people_read_them(tmp_path, quick_notebook, tiny_folder):
+    entry = {"messages": CHAT, "target": "abc", "units": "words"}
+    facts = one_report(tmp_path, entry, tiny_folder, notebook=quick_notebook())
+    assert facts["error"] is None and facts["slug"] == "which-keys"
+    index = write_index(tmp_path / "out").read_text(encoding="utf-8")
+    page = (tmp_path / "out" / "which-keys" / "report.html").read_text(encoding="utf-8")
+    for text in (index, page):
+        assert "system: Be &lt;b&gt;brief&lt;/b&gt;.\nuser: Which keys?" in text
+    table = pd.read_parquet(tmp_path / "out" / "scores.parquet")
+    assert set(table["part"]) == {"template", "system", "user", "answer"}
+    assert (table["end"] > table["start"]).all() and "keys" in "".join(table["label"])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"answer": 3}, {"target": "ab", "foil": "cde", "units": "turns"}, {"sources": ["Which"]}],
+)
+def test_the_default_notebook_answers_what_an_entry_asks(tmp_path, tiny_folder, more):
+    entry = {"id": "one", "messages": CHAT, "evidence": "keys", "methods": ["relevance", "random"]}
+    facts = one_report(tmp_path, entry | more, tiny_folder)
+    assert facts["error"] is None
+    ((report,), unreadable) = read_reports(tmp_path / "out")
+    assert unreadable == 0 and report.evidence["evidence_rank"].null_count == 0
+    scores = report.scores.to_pandas()
+    assert set(scores["method"]) == {"relevance", "random"}
+    assert ("answer" in set(scores["part"])) == ("answer" in more)
+    assert len(scores) == 2 * scores["unit"].nunique()
 
 
 # --- the command line --------------------------------------------------------------------------
@@ -348,5 +388,5 @@ def test_the_index_shows_what_was_tested_and_the_place_of_the_evidence(reports, 
 def test_evidence_that_is_not_in_the_prompt_is_refused(tmp_path, tiny_folder):
     path = tmp_path / "prompts.yml"
     path.write_text("- {prompt: The keys to, evidence: cabinet}", encoding="utf-8")
-    with pytest.raises(InputError, match="'cabinet' is not in the prompt"):
+    with pytest.raises(InputError, match="'cabinet' is not a whole word"):
         plan(path, model=str(tiny_folder))
