@@ -47,8 +47,8 @@ def run_on_cluster(
     none within ``patience`` seconds, no worker comes within it, or a worker does not see
     ``folder`` or runs another version of this package.
     """
-    unfinished = []
-    tasks, suspects = iter(tasks), []
+    unfinished, suspects = list[Any](), list[Any]()
+    tasks = iter(tasks)
     while True:
         with _client(workers, scheduler, patience) as client:
             _check_workers(client, folder, patience)

@@ -6,7 +6,7 @@ import signal
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 try:
     import papermill  # noqa: F401
@@ -34,7 +34,7 @@ from llama_reports.scores import (
     score_part,
 )
 
-DTYPES = ("float32", "bfloat16", "float16", "auto")
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -51,7 +51,7 @@ def main_command(
     method: Annotated[
         list[str] | None, typer.Option(help=f"Only this method (repeatable): {', '.join(METHODS)}.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as saved.")] = "float32",
     workers: Annotated[
         int | None,
         typer.Option(min=0, help="Processes of a Dask cluster here; 0: as many as fit."),
@@ -79,16 +79,16 @@ def main_command(
     1. With --scores-only no report is written: scores and evidence go to Parquet files, as
     docs/scores.md describes.
     """
-    signal.signal(signal.SIGTERM, _as_ctrl_c)  # what batch systems and containers send first
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # what batch systems and containers send first
     try:
-        if dtype not in DTYPES:
-            raise InputError(f"dtype {dtype!r} is unknown: use {', '.join(DTYPES)}.")
         if workers is not None and scheduler is not None:
             raise InputError("--workers starts a cluster and --scheduler joins one: give one.")
         for name in method or []:
             check_method(name)
-        options = {"model": model, "notebook": notebook, "methods": method or (), "dtype": dtype}
-        jobs = plan(prompts, out=out, folders=not scores_only, **options)
+        options: dict[str, Any] = {"model": model, "notebook": notebook, "dtype": dtype}
+        jobs = plan(prompts, out=out, folders=not scores_only, methods=method or (), **options)
         planned = partial(estimate, jobs, out, threads=threads, scores_only=scores_only)
         if scores_only and (dry_run or workers == 0):
             scored = finished_ids(out)
@@ -111,10 +111,6 @@ def main_command(
         raise typer.Exit(2) from None
     if failed:
         raise typer.Exit(1)
-
-
-def _as_ctrl_c(signum, frame):
-    raise KeyboardInterrupt
 
 
 def _told(error, out):

@@ -85,7 +85,8 @@ def write_index(out: str | Path) -> Path:
         (out / "scores.parquet").unlink(missing_ok=True)
     sections = compare(reports)
     _draw_gaps(out, sections)
-    page = overview_page("comparison.html.j2", sections=sections, **_counts(reports))
+    counts = {"total": len(reports), "failed": sum(r.error is not None for r in reports)}
+    page = overview_page("comparison.html.j2", sections=sections, **counts)
     write_whole(out / "comparison.html", page)
     rows = [_row(report) for report in reports]
     page = overview_page(
@@ -95,14 +96,10 @@ def write_index(out: str | Path) -> Path:
         probabilities=any(row["probability"] is not None for row in rows),
         unreadable=unreadable,
         scores=scores is not None,
-        **_counts(reports),
+        **counts,
     )
     write_whole(out / "index.html", page)
     return out / "index.html"
-
-
-def _counts(reports):
-    return {"total": len(reports), "failed": sum(r.error is not None for r in reports)}
 
 
 # --- reading report folders --------------------------------------------------------------------
@@ -257,7 +254,7 @@ def compare(reports: list[Report]) -> list[dict]:
     measure is over prompts, ``low`` and ``high`` its 95 % bootstrap interval, None for fewer than
     five prompts.
     """
-    models = {}
+    models: dict[str, dict] = {}
     for report in reports:
         models.setdefault(report.model, {}).setdefault(report.weights, []).append(report)
     sections = []

@@ -79,7 +79,8 @@ class Plan:
         # shortened digests of questions, and the levels of names; see _name
         self._questions, self._levels = array("Q"), array("B")
         self.tokens = self.units = self.outputs = self.kinds = np.zeros(0, np.uint32)
-        _require_prompt(self._notebook, self._takes(self._notebook))
+        if "prompt" not in self._takes(self._notebook):
+            raise InputError(f"The notebook {notebook} takes no prompt, so it cannot be a report.")
 
     def __len__(self) -> int:
         return len(self._questions)
@@ -145,8 +146,9 @@ def plan(
     tokenizer = load_tokenizer(model)
     context, vocabulary = _limits(model)
     taken = _Folders(out) if folders else None
-    seen, kinds = {}, {}  # shortened question: line; notebook and methods: number
-    sizes, problems, bad, count = array("I"), [], 0, 0
+    seen: dict[int, int] = {}  # shortened question: line
+    kinds: dict[tuple, int] = {}  # notebook and methods: number
+    sizes, problems, bad, count = array("I"), list[str](), 0, 0
     for row in read_entries(path):
         count += 1
         try:
@@ -175,8 +177,7 @@ def plan(
         jobs._levels.append(level)
         more = max(1, parameters.get("answer", 1)) - 1  # tokens that the model is yet to write
         outputs = len(read.target or (0,)) + more + max(0, len(read.foil or ()) - 1)
-        kind = source, frozenset(parameters.get("methods", ()))
-        kind = kinds.setdefault(kind, len(kinds))
+        kind = kinds.setdefault((source, frozenset(parameters.get("methods", ()))), len(kinds))
         sizes.extend((read.input_ids.shape[1], len(read.units) + more, outputs, kind))
     if problems:
         more = [f"  … and {bad - len(problems):,} more."] if bad > len(problems) else []
@@ -240,7 +241,6 @@ def literal(path: str | Path) -> str:
 
 def _parameters(entry, notebook, takes, methods):
     """What of an entry papermill passes to ``notebook``, which ``takes`` these parameters."""
-    _require_prompt(notebook, takes)
     answer = ANSWER if entry.answer is True else entry.answer
     wanted = {name: getattr(entry, name) for name in ("prompt", "messages", *ASKED, "evidence")}
     wanted |= {"answer_text" if isinstance(answer, str) else "answer": answer}
@@ -260,11 +260,6 @@ def asked(parameters: dict[str, Any]) -> dict[str, Any]:
     given = {name: parameters[name] for name in ASKED if name in parameters}
     answer = parameters.get("answer_text", parameters.get("answer"))
     return {"prompt": parameters.get("messages") or parameters["prompt"], "answer": answer, **given}
-
-
-def _require_prompt(notebook, takes):
-    if "prompt" not in takes:
-        raise InputError(f"The notebook {notebook.stem} takes no prompt, so it cannot be a report.")
 
 
 def _model_parameter(model):

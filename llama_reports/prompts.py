@@ -159,15 +159,15 @@ class Entry(BaseModel):
     @property
     def text(self) -> str:
         """The prompt as people read it: messages as ``role: text``, a line each."""
-        if self.messages is None:
+        if self.prompt is not None:
             return self.prompt
-        return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
+        return "\n".join(f"{m['role']}: {m['content']}" for m in self.messages or ())
 
     @property
     def title(self) -> str:
         """What a folder is named by: the prompt, or the last that the user says."""
         said = [m["content"] for m in self.messages or () if m["role"] == "user"]
-        return said[-1] if said else self.prompt
+        return said[-1] if said else self.text
 
 
 def parse_entry(raw: Any, kind: str = "YAML") -> Entry:
@@ -303,9 +303,10 @@ def _first_line(path, is_bad):
 # --- YAML --------------------------------------------------------------------------------------
 
 _NUMBERS = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")}
+_Fastest: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader), Composer):
+class _Loader(_Fastest, Composer):
     """libyaml's parser, ten times as fast, under the composer that goes node by node.
 
     It counts the nodes that are composed, so that one entry cannot fill the memory.

@@ -63,9 +63,11 @@ def run_report(
     out.mkdir(parents=True, exist_ok=True)
     source = source or report_source(job.notebook)
     started = time.perf_counter()
-    for attempt in range(1, ATTEMPTS + 1):
-        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=out) as work:
-            work = Path(work)
+    attempt = 0
+    while True:
+        attempt += 1
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=out) as name:
+            work = Path(name)
             error, died = _execute(source, job.parameters, work, engine)
             if died and attempt < ATTEMPTS:
                 continue
@@ -77,11 +79,11 @@ def run_report(
 
 def keep_failure(job: Job, out: Path, model: str, error: str) -> dict[str, Any]:
     """The folder of a job that came to no end of its own, with ``error``; returns its facts."""
-    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=out) as work:
-        work = Path(work)
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=out) as name:
+        work = Path(name)
         (work / "report.ipynb").write_text(report_source(job.notebook), encoding="utf-8")
         facts = _finish(work, _facts(job, model, error, ATTEMPTS, 0.0))
-        move_into_place(work, Path(out) / job.slug)
+        move_into_place(work, out / job.slug)
     return facts
 
 

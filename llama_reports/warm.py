@@ -92,11 +92,12 @@ class Forked:
     stdin = stdout = stderr = None
 
     def __init__(self, pid: int) -> None:
-        self.pid, self.returncode = pid, None
+        self.pid = pid
+        self.returncode: int | None = None
         try:
             self._pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
-            self._pidfd, self.returncode = None, -1
+            self.returncode = -1
 
     def poll(self) -> int | None:
         return self.wait(0)
@@ -124,7 +125,8 @@ class ForkProvisioner(LocalProvisioner):
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
         self.cwd = str(kwargs.get("cwd") or Path.cwd())
         environment = dict(kwargs.get("env") or os.environ)
-        self.process = self.parent.server.fork(self.parent.connection_file, self.cwd, environment)
+        manager: Any = self.parent
+        self.process = manager.server.fork(manager.connection_file, self.cwd, environment)
         self.pid = self.pgid = self.process.pid
         return self.connection_info
 

@@ -323,7 +323,7 @@ def test_help_names_every_option():
         (["none.yml"], "There is no prompts file"),
         (["{good}", "--model", "./no-such-folder"], "There is no model folder"),
         (["{good}", "--method", "magic"], "There is no method"),
-        (["{good}", "--dtype", "int3"], "dtype 'int3' is unknown"),
+        (["{good}", "--dtype", "int3"], "'int3' is not one of"),
         (["{good}", "--notebook", "../secret"], "There is no notebook"),
         (["{good}", "--workers", "2", "--scheduler", "tcp://x:1"], "give one"),
     ],
