@@ -647,7 +647,9 @@ def attending(model: Any, function: Callable) -> Iterator[None]:
         _attend.reset(token)
 
 
-def sdpa(module, query, key, value, mask, **options):
+def sdpa(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
     """torch's fused attention, in float32 where ``working_precision`` asks for it."""
     dtype = torch.float32 if _attend_in_float32.get() else query.dtype
     attend = AttentionInterface()["sdpa"]

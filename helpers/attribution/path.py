@@ -37,7 +37,7 @@ def _start(asked, baseline):
     return blank(asked, baseline)
 
 
-def simpson(alphas, slopes):
+def simpson(alphas: Tensor, slopes: Tensor) -> Tensor:
     """Simpson's rule on pieces of three points, ``alphas`` [pieces, 3]: scores [pieces, seq].
 
     Introduced in notebooks/07_integrated_gradients.ipynb.
@@ -47,7 +47,7 @@ def simpson(alphas, slopes):
     return width / 6 * (left + 4 * middle + right)
 
 
-def halve(run, alphas, values, slopes):
+def halve(run: Points, alphas: Tensor, values: Tensor, slopes: Tensor) -> list[Tensor]:
     """Two pieces for each one, at the price of two new points: the three old ones are kept.
 
     ``run`` gives values and slopes at new alphas. Takes and returns ``alphas`` and ``values``

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
@@ -141,7 +142,7 @@ def rules_in_place(
         yield
 
 
-def with_slope(value, slope, x):
+def with_slope(value: Tensor, slope: Any, x: Tensor) -> Tensor:
     """``value``, to the last bit, which a backward pass takes for ``slope`` times ``x``.
 
     Introduced in notebooks/09_relevance.ipynb.
@@ -149,7 +150,7 @@ def with_slope(value, slope, x):
     return value.detach() + (slope * (x - x.detach())).to(value.dtype)
 
 
-def identity_rule(module, args, out):
+def identity_rule(module: Any, args: tuple, out: Tensor) -> Tensor:
     """A norm or an activation, a forward hook: its slope is out / x, so all relevance passes on.
 
     For RMSNorm that slope is weight / rms, the rms taken for a constant.
@@ -161,7 +162,7 @@ def identity_rule(module, args, out):
     return with_slope(out, slope.where(x != 0, 0), x)
 
 
-def product_rule(down_proj, args):
+def product_rule(down_proj: Any, args: tuple) -> tuple[Tensor]:
     """What gate and up made together, a forward pre-hook: each factor gets half.
 
     Introduced in notebooks/09_relevance.ipynb.
@@ -170,7 +171,7 @@ def product_rule(down_proj, args):
     return (with_slope(x, 0.5, x),)
 
 
-def attention_rule(attend):
+def attention_rule(attend: Callable) -> Callable:
     """``attend`` with both of its products shared out: a half to values, a quarter to q and k.
 
     weights x values gives each a half. The softmax keeps its own gradient, and q x k gives each a
@@ -186,7 +187,7 @@ def attention_rule(attend):
     return shared
 
 
-def attention_kept_constant(attend):
+def attention_kept_constant(attend: Callable) -> Callable:
     """``attend`` with weights that are constants: linear in the values, which get all.
 
     Introduced in notebooks/09_relevance.ipynb.

@@ -22,7 +22,9 @@ class Attribution:
     ``gap``          |sum(scores) - moved| / max(|moved|, 1 nat), where ``moved`` is how much the
                      objective changes from the baseline to the prompt (from nothing, for methods
                      without a baseline); ``None`` where the method does not promise that its
-                     scores add up. ``gaps`` FloatTensor [outputs] is the same of each output
+                     scores add up. What falls on tokens of target and foil that are no unit, since
+                     each is read in its own branch, is counted in the sum. ``gaps`` FloatTensor
+                     [outputs] is the same of each output
     ``closed``       whether the gap came down to the tolerance that was asked for; ``None`` where
                      none was. Scores that did not close are not yet those of the model
     ``errors``       FloatTensor [units], the estimated error of each score, in the scores' unit;

@@ -6,6 +6,7 @@ from dataclasses import replace
 from math import log
 from types import ModuleType, SimpleNamespace
 
+import by_hand
 import pytest
 import torch
 from linear_model import LinearCausalModel
@@ -17,16 +18,13 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 from watching import tensor_sizes
 
-from helpers import InputError, ask, tiny_llama
+from helpers import InputError, ask, attribute, attribute_all, tiny_llama
 from helpers.attribution import embed_prompt, objective
-from helpers.attribution.engine import answer_only, frozen, working_precision
-from helpers.attribution.gradients import gradient_x_input
 from helpers.attribution.relevance import (
     attention_kept_constant,
     attention_rule,
     identity_rule,
     product_rule,
-    relevance,
     relevance_rules,
     with_slope,
 )
@@ -48,15 +46,26 @@ def same(scores, expected, tolerance=1e-4):
     torch.testing.assert_close(scores, expected, rtol=tolerance, atol=tolerance)
 
 
-def run(model, question, precision=None, **options):
-    """Relevance as ``attribute`` runs it."""
-    with frozen(model), working_precision(model, precision), answer_only(model, question) as answer:
-        return relevance(model, answer, **options)
+def run(model, question, **options):
+    return attribute(model, question, "relevance", **options)
+
+
+def gradient_x_input(model, question):
+    return attribute(model, question, "gradient_x_input")
 
 
 def value_of(model, question):
     with torch.inference_mode():
         return float(objective(model, embed_prompt(model, question), question))
+
+
+def above_expected(model, question):
+    """The target's logit minus the mean logit that the model expects, or minus the foil's."""
+    logits = model(question.input_ids).logits[0, -1].detach()
+    logit = logits[question.target[0]]
+    if question.foil is not None:
+        return float(logit - logits[question.foil[0]])
+    return float(logit - (logits.softmax(-1) @ logits))
 
 
 def share(out, *inputs):
@@ -191,10 +200,13 @@ def propagate(model, question, through):
         step = (w, x, a, q, k, turned_q, many_k, many_v, logits, p, o, joined)
         layers.append((*step, middle, b, gate, up, out))
         x = out
-    row = weights["lm_head.weight"][question.target]
+    rows, last = weights["lm_head.weight"], norm(x, "model.norm.weight")[-1]
+    row = rows[question.target[0]]
     if question.foil is not None:
-        row = row - weights["lm_head.weight"][question.foil]
-    final = norm(x, "model.norm.weight")[-1] * row
+        row = row - rows[question.foil[0]]
+    elif question.objective == "log_probability":  # the softmax to first order
+        row = row - (rows @ last).softmax(-1) @ rows
+    final = last * row
     r = torch.zeros_like(x)
     r[-1] = final
     for *step, middle, b, gate, up, out in reversed(layers):
@@ -224,10 +236,10 @@ def propagate(model, question, through):
 
 @either_way
 @every_variant
-@with_and_without_foil
-def test_equals_relevance_propagated_explicitly(variant, foil, through):
+@pytest.mark.parametrize("options", [{}, {"foil": "b"}, {"objective": "logit"}], ids=str)
+def test_equals_relevance_propagated_explicitly(variant, options, through):
     model, tokenizer = tiny_llama(**VARIANTS[variant])
-    question = ask(model, tokenizer, PROMPT, foil=foil)
+    question = ask(model, tokenizer, PROMPT, **options)
     scores = run(model, question, through_attention=through).scores
     expected = propagate(model, question, through).float()
     same(scores, expected, 1e-4 * float(expected.abs().max()))
@@ -243,7 +255,7 @@ def test_equals_gradient_x_input_where_no_rule_changes_anything():
         if isinstance(module, LlamaRMSNorm):
             module.variance_epsilon = 1e8
             module.weight.fill_(1e4)  # so that what passes through is not small
-    question = ask(model, tokenizer, PROMPT)
+    question = ask(model, tokenizer, PROMPT, foil="b")
     expected = gradient_x_input(model, question).scores
     assert (expected.abs() > 1e-3 * expected.abs().max()).all()  # attention does mix
     same(run(model, question, through_attention=False).scores / expected, torch.ones(len(expected)))
@@ -256,7 +268,7 @@ def test_with_nothing_but_the_norm_all_relevance_stays_at_the_last_token():
         layer.mlp.down_proj.weight.zero_()
     question = ask(model, tokenizer, PROMPT)
     result = run(model, question)
-    same(result.scores[-1], torch.tensor(value_of(model, question)), 1e-5)
+    same(result.scores[-1], torch.tensor(above_expected(model, question)), 1e-5)
     assert not result.scores[:-1].any() and result.gap < 1e-5
     plain = gradient_x_input(model, question).scores  # a norm does not care how long its input is
     assert abs(plain.sum()) < 1e-2 * result.scores[-1]
@@ -264,18 +276,47 @@ def test_with_nothing_but_the_norm_all_relevance_stays_at_the_last_token():
 
 @every_variant
 @with_and_without_foil
-def test_without_attention_the_scores_add_up_to_the_objective(variant, foil):
+def test_without_attention_the_scores_add_up(variant, foil):
+    """To the target's logit above the mean that the model expects, or above the foil's."""
     model, tokenizer = tiny_llama(**VARIANTS[variant])
     question = ask(model, tokenizer, PROMPT * 5, foil=foil)
     result = run(model, question, through_attention=False)
-    same(result.scores.sum(), torch.tensor(value_of(model, question)), 1e-4)
+    same(result.scores.sum(), torch.tensor(above_expected(model, question)), 1e-4)
     assert result.gap < 1e-4
+    raw = run(model, question, through_attention=False, objective="logit")
+    logits = model(question.input_ids).logits[0, -1].detach()
+    other = 0 if foil is None else logits[question.foil[0]]
+    same(raw.scores.sum(), logits[question.target[0]] - other, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"target": "abc"}, {"target": "ab", "foil": "cd"}, {"target": "a", "foil": "bc"}]
+)
+def test_several_tokens_conserve_one_by_one(tiny, options):
+    question = ask(*tiny, PROMPT, **options)
+    result = run(tiny[0], question, through_attention=False, each=True)
+    assert result.gap < 1e-4 and (result.gaps < 1e-4).all()
+    if question.foil is None:  # every token that was read is a unit
+        for t, row in enumerate(result.each):
+            before = ask(*tiny, PROMPT + options["target"][:t], target=options["target"][t])
+            same(row.sum(), torch.tensor(above_expected(tiny[0], before)), 1e-4)
+    summed = run(tiny[0], question, through_attention=False)
+    same(summed.scores, result.each.sum(dim=0), 1e-4)
+
+
+def test_units_hold_the_relevance_of_their_tokens(tiny):
+    fine, coarse = (
+        ask(*tiny, PROMPT, target="a", foil="b", units=units) for units in ("tokens", "words")
+    )
+    tokens, words = (run(tiny[0], question) for question in (fine, coarse))
+    same(words.scores, by_hand.per_unit(tokens.scores, coarse), 1e-5)
+    assert words.gap == pytest.approx(tokens.gap, abs=1e-6)
 
 
 @pytest.mark.parametrize("foil", [None, " T"], ids=["no foil", "foil"])
 def test_the_bundled_model_conserves_without_attention_and_leaks_with_it(bundled, foil):
     question = ask(*bundled, "The capital city of Latvia is", foil=foil)
-    value = value_of(bundled[0], question)
+    value = above_expected(bundled[0], question)
     closed = run(bundled[0], question, through_attention=False)
     leaking = run(bundled[0], question)
     assert abs(closed.scores.sum() - value) < 1e-3 * max(abs(value), 1) and closed.gap < 1e-3
@@ -344,8 +385,10 @@ def test_the_model_is_left_as_it_was_found_after_an_error():
         assert state(model) != before
         raise ZeroDivisionError
     assert state(model) == before
-    with pytest.raises(IndexError):  # in the middle of the forward pass
-        run(model, replace(question, input_ids=question.input_ids + 10_000))
+    model.model.norm.register_forward_pre_hook(lambda module, args: 1 / 0)
+    before = state(model)
+    with pytest.raises(ZeroDivisionError):  # in the middle of the forward pass
+        run(model, question)
     assert state(model) == before
 
 
@@ -388,7 +431,30 @@ def test_half_precision_comes_near(tiny, through):
 def test_other_models_are_refused(tiny):
     linear = LinearCausalModel(tiny[1])
     with pytest.raises(InputError, match=r"LlamaForCausalLM.*LinearCausalModel"):
-        relevance(linear, ask(linear, tiny[1], PROMPT, target="a"))
+        run(linear, ask(linear, tiny[1], PROMPT, target="a"))
+
+
+def test_the_gradient_that_relevance_leaves_is_the_gradient(tiny):
+    """Both from one forward pass, for any question and each output; alone or together."""
+    for options in ({}, {"foil": "b"}, {"target": "ab", "foil": "cd"}, {"target": "abc"}):
+        question = ask(*tiny, PROMPT, **options)
+        names = ["saliency", "relevance", "gradient_x_input"]
+        ((_, together),) = attribute_all(tiny[0], [question], names, each=True)
+        for name, result in together.items():
+            alone = attribute(tiny[0], question, name, each=True)
+            same(result.each, alone.each, 1e-5)
+            assert result.gap == alone.gap
+
+
+def test_rules_differ_from_the_gradient_and_each_other(tiny):
+    question = ask(*tiny, PROMPT, foil="b")
+    plain, through, constant = (
+        gradient_x_input(tiny[0], question).scores,
+        run(tiny[0], question).scores,
+        run(tiny[0], question, through_attention=False).scores,
+    )
+    for one, other in ((plain, through), (through, constant), (plain, constant)):
+        assert not torch.allclose(one, other, rtol=0.1)
 
 
 # --- the authors' own package ------------------------------------------------------------------
