@@ -65,7 +65,9 @@ class Prompt:
 # --- reading -----------------------------------------------------------------------------------
 
 
-def read_prompt(tokenizer: Any, prompt: str | Sequence[dict], *, chat=False, raw=False) -> Prompt:
+def read_prompt(
+    tokenizer: Any, prompt: str | Sequence[dict], *, chat: bool = False, raw: bool = False
+) -> Prompt:
     """The tokens of a text, or of a list of messages inside the model's chat template.
 
     ``chat=True`` takes a text as one message of the user. A control token that is typed in a text
@@ -95,7 +97,7 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
             "The prompt is neither a text nor a list of messages: write at least one word.",
             field="prompt",
         )
-    found = []
+    found: list[dict[str, str]] = []
     for index, message in enumerate(messages):
         here = f"Message {index}"
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
@@ -112,7 +114,7 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
             texts = [part.get("text") if isinstance(part, dict) else None for part in content]
             if not all(isinstance(text, str) for text in texts):
                 raise InputError(f"{here} holds more than text: keep its text.", field="messages")
-            content = "".join(texts)
+            content = "".join(map(str, texts))
         _check_text(content, "messages", f"The content of message {index}")
         if role == "system" and index:
             raise InputError(
