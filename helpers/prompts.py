@@ -473,7 +473,7 @@ def token_labels(tokenizer: Any, token_ids: Sequence[int], before: Sequence[int]
     can be decoded alone. Such a run is labelled with the text it spells together and the place of
     each token in it: ``你[1/2]``, ``你[2/2]``. ``before`` are the ids after which these stand.
 
-    Introduced in notebooks/02_tokenization.ipynb.
+    notebooks/02_tokenization.ipynb takes it apart.
     """
     return [
         f"{text}[{number}/{count}]" if count > 1 else text

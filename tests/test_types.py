@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +24,8 @@ def public_functions():
                     yield f"{info.name}.{name}", found
                 elif inspect.isclass(found):
                     for inner, method in vars(found).items():
-                        if inspect.isfunction(method) and not inner.startswith("_"):
+                        written = inspect.isfunction(method) and method.__name__ == inner
+                        if written and not inner.startswith("_"):
                             yield f"{info.name}.{name}.{inner}", method
 
 
