@@ -1,30 +1,19 @@
-"""A whole answer explained: the same numbers as token by token, for less work."""
+"""A whole answer, and a target of several tokens: the same numbers as token by token, for less."""
 
-import logging
-
+import by_hand
 import pytest
 import torch
-from linear_model import LinearCausalModel
 from watching import rows_run
 
-from helpers import METHODS, InputError, ask, attribute, tiny_llama
-from helpers.answers import (
-    SHARED,
-    answer,
-    answer_questions,
-    attribute_answer,
-    merge_words,
-)
+from helpers import METHODS, ask, attribute, tiny_llama
 from helpers.attribution import baseline_embeds, embed_prompt, objective
 from helpers.attribution.path import FIRST_EVALUATIONS
-from helpers.questions import encode, token_labels
 
-PROMPT = "Riga is in"
-T = 4
+PROMPT, TEXT = "Riga is in", " eu "
+T = len(TEXT)
+LINEAR = ["gradient_x_input", "relevance", "alti_logit", "occlusion", "shapley"]
 
 every_method = pytest.mark.parametrize("method", METHODS)
-every_shared_method = pytest.mark.parametrize("method", SHARED)
-cheap = pytest.mark.parametrize("method", ["saliency", "gradient_x_input", "occlusion"])
 
 
 def same(scores, expected, tolerance=1e-4):
@@ -32,314 +21,180 @@ def same(scores, expected, tolerance=1e-4):
 
 
 @pytest.fixture(scope="module")
-def questions(tiny):
-    return answer(*tiny, PROMPT, max_new_tokens=T)
+def question(tiny):
+    return ask(*tiny, PROMPT, answer=TEXT)
 
 
-# --- the answer --------------------------------------------------------------------------------
+def step(tiny, place):
+    """The question that asks for one token of the answer, after all before it."""
+    return ask(*tiny, PROMPT + TEXT[:place], target=TEXT[place])
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_each_question_reads_the_answer_so_far_and_asks_for_the_next_token(tiny, chat):
-    ids = encode(tiny[1], PROMPT, chat=chat)
-    questions = answer(*tiny, PROMPT, max_new_tokens=T, chat=chat)
-    assert len(questions) == T
-    for question in questions:
-        assert question.input_ids.tolist() == [ids]
-        assert question.target == tiny[0](question.input_ids).logits[0, -1].argmax()
-        assert question.labels == token_labels(tiny[1], ids) and question.foil is None
-        ids = [*ids, question.target]
+# --- the question ------------------------------------------------------------------------------
 
 
-def test_the_end_of_the_text_is_the_last_token_of_an_answer(tiny, questions):
-    model, tokenizer = tiny_llama()
-    model.generation_config.eos_token_id = questions[2].target
-    found = answer(model, tokenizer, PROMPT, max_new_tokens=T)
-    assert [question.target for question in found] == [q.target for q in questions[:3]]
+def test_the_answer_is_the_models_own_and_its_tokens_are_units(tiny):
+    question = ask(*tiny, PROMPT, answer=T)
+    ids = question.input_ids[0].tolist()
+    for token in question.target:
+        assert token == tiny[0](torch.tensor([ids])).logits[0, -1].argmax()
+        ids.append(token)
+    assert len(question.target) == T
+    assert [unit.part for unit in question.units] == ["prompt"] * 10 + ["answer"] * (T - 1)
+    assert [unit.positions for unit in question.units] == [(place,) for place in range(9 + T)]
 
 
-def test_the_runner_up_is_the_second_best_token_at_its_own_step(tiny, questions):
-    contrasted = answer(*tiny, PROMPT, max_new_tokens=T, runner_up=True)
-    assert [question.target for question in contrasted] == [q.target for q in questions]
-    for question in contrasted:
-        best = tiny[0](question.input_ids).logits[0, -1].topk(2).indices.tolist()
-        assert [question.target, question.foil] == best
-        assert question.foil_label == tiny[1].decode([question.foil])
+def test_a_target_of_several_tokens_is_the_answer_given_as_text(tiny):
+    target, answer = ask(*tiny, PROMPT, target="abc"), ask(*tiny, PROMPT, answer="abc")
+    assert target.target == answer.target and target.units == answer.units
+    for method in ("saliency", "occlusion"):
+        assert torch.equal(*(attribute(tiny[0], q, method).scores for q in (target, answer)))
 
 
-def test_what_a_model_says_about_sampling_is_neither_followed_nor_warned_about(questions, caplog):
-    model, tokenizer = tiny_llama()
-    model.generation_config.update(do_sample=True, temperature=2.0, top_p=0.9, top_k=3)
-    library = logging.getLogger("transformers")
-    library.addHandler(caplog.handler)
-    found = answer(model, tokenizer, PROMPT, max_new_tokens=T)
-    library.removeHandler(caplog.handler)
-    assert [question.target for question in found] == [q.target for q in questions]
-    assert not caplog.records
-
-
-@pytest.mark.parametrize(
-    "prompt, most, says", [(PROMPT, 0, "at least 1"), ("a" * 2046, 8, "2,048"), (" ", 8, "empty")]
-)
-def test_an_answer_that_cannot_be_given_is_refused(tiny, prompt, most, says):
-    with pytest.raises(InputError, match=says):
-        answer(*tiny, prompt, max_new_tokens=most)
-
-
-def test_an_unknown_method_is_refused(tiny, questions):
-    with pytest.raises(InputError, match="no method 'lime'"):
-        attribute_answer(tiny[0], questions, "lime")
-
-
-# --- the matrix --------------------------------------------------------------------------------
+# --- a row an output ---------------------------------------------------------------------------
 
 
 @every_method
-@pytest.mark.parametrize("shared", [True, False])
 def test_every_method_gives_one_row_an_output_and_nothing_for_what_was_not_read(
-    tiny, questions, method, shared
+    tiny, question, method
 ):
-    result = attribute_answer(tiny[0], questions, method, shared=shared)
-    read = len(questions[-1].labels)
-    assert result.scores.shape == (T, read) == (len(result.targets), len(result.labels))
-    assert result.scores.dtype == torch.float32 and result.scores.isfinite().all()
-    assert result.labels[: result.prompt_tokens] == list(PROMPT)
-    assert result.labels[result.prompt_tokens :] == result.targets[:-1]
-    for t, row in enumerate(result.scores):
-        assert (row[result.prompt_tokens + t :] == 0).all()
-        assert (row[: result.prompt_tokens + t] != 0).any()
-    assert result.method == method and result.seconds > 0
+    result = attribute(tiny[0], question, method, each=True)
+    assert result.each.shape == (T, len(PROMPT) + T - 1) and len(result.outputs) == T
+    assert result.outputs == tuple(TEXT)
+    if method == "random":
+        return
+    for t, row in enumerate(result.each):
+        assert (row[len(PROMPT) + t :].abs() < 1e-5).all()
+        assert (row[: len(PROMPT) + t] != 0).any()
 
 
-@every_method
-def test_a_row_by_itself_is_the_attribution_of_its_question(tiny, questions, method):
-    result = attribute_answer(tiny[0], questions, method, shared=False)
-    for t, question in enumerate(questions):
-        alone = attribute(tiny[0], question, method)
-        assert torch.equal(result.scores[t, : len(alone.scores)], alone.scores)
-        assert (None if result.gaps is None else result.gaps[t].item()) == pytest.approx(alone.gap)
-        assert (None if result.closed is None else result.closed[t].item()) == alone.closed
-    assert result.signed == alone.signed
+# of methods that sample, each row is another sample
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"random", "shapley"}))
+def test_a_row_is_the_attribution_of_its_own_question(tiny, question, method):
+    options = {}
+    if method == "integrated_gradients":
+        options = {"tolerance": 1e-5, "max_evaluations": 4000}
+    result = attribute(tiny[0], question, method, each=True, **options)
+    for t in range(T):
+        alone = attribute(tiny[0], step(tiny, t), method, **options)
+        row = result.each[t, : len(alone.scores)]
+        same(row, alone.scores, 5e-4 if options else 1e-4)
+        if result.gaps is not None:
+            assert result.gaps[t].item() == pytest.approx(alone.gap, abs=1e-3)
 
 
-def test_what_is_written_later_does_not_change_an_earlier_row(tiny, questions):
-    ids = torch.cat([questions[-1].input_ids, torch.tensor([[questions[-1].target]])], dim=1)
-    other = ids.clone()
-    other[0, -2:] = torch.tensor([70, 71])
-    rows = [
-        attribute_answer(tiny[0], answer_questions(tiny[1], PROMPT, some, len(PROMPT)), "occlusion")
-        for some in (ids, other)
-    ]
-    same(rows[0].scores[:2], rows[1].scores[:2], 1e-5)
-    assert not torch.allclose(rows[0].scores[2:], rows[1].scores[2:], atol=1e-2)
-
-
-@pytest.mark.parametrize("method", ["gradient_x_input", "integrated_gradients", "occlusion"])
-@pytest.mark.parametrize("baseline", ["mean", "eos"])
-@pytest.mark.parametrize("foils", [None, [70, 71, 72]], ids=["no foils", "foils"])
-def test_a_linear_model_gives_the_matrix_that_is_known(tiny, method, baseline, foils):
-    linear = LinearCausalModel(tiny[1])
-    ids = torch.tensor([tiny[1](PROMPT + " ab")["input_ids"]])
-    questions = answer_questions(tiny[1], PROMPT, ids, len(PROMPT), foils)
-    options = {} if method == "gradient_x_input" else {"baseline": baseline}
-    result = attribute_answer(linear, questions, method, **options)
-    for t, question in enumerate(questions):
-        less = baseline_embeds(linear, question, **options) if options else 0
-        known = linear.known_gradient(question) * (embed_prompt(linear, question) - less)[0]
-        same(result.scores[t, : len(question.labels)], known.sum(dim=-1), 1e-5)
-    assert method != "integrated_gradients" or result.gaps.max() < 1e-5
-
-
-# --- one pass for all outputs ------------------------------------------------------------------
-
-
-@cheap
+@pytest.mark.parametrize("method", LINEAR)
 @pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}, {"key_value_heads": 1}])
-@pytest.mark.parametrize("runner_up", [False, True])
-def test_one_pass_for_all_outputs_gives_the_numbers_of_one_by_one(method, options, runner_up):
+def test_rows_of_a_linear_method_add_up_to_the_scores_of_the_sum(method, options):
     model, tokenizer = tiny_llama(**options)
-    questions = answer(model, tokenizer, PROMPT, max_new_tokens=T, runner_up=runner_up)
-    together = attribute_answer(model, questions, method)
-    same(together.scores, attribute_answer(model, questions, method, shared=False).scores)
+    question = ask(model, tokenizer, PROMPT, answer=T)
+    summed, every = (attribute(model, question, method, each=each) for each in (False, True))
+    same(every.each.sum(dim=0), summed.scores)
+    same(every.scores, summed.scores)
 
 
-@cheap
-def test_one_pass_for_all_outputs_gives_the_numbers_of_one_by_one_on_the_bundled_model(
-    bundled, method
-):
-    questions = answer(*bundled, "The capital of Latvia is", max_new_tokens=2, runner_up=True)
-    together = attribute_answer(bundled[0], questions, method)
-    alone = attribute_answer(bundled[0], questions, method, shared=False)
-    same(together.scores, alone.scores)
+@pytest.mark.parametrize("method", LINEAR[:3])
+def test_rows_add_up_on_the_bundled_model(bundled, method):
+    question = ask(*bundled, "The capital of Latvia is", answer=3)
+    summed, every = (attribute(bundled[0], question, method, each=each) for each in (False, True))
+    near = 1e-4 * float(every.each.abs().max())
+    assert (every.each.sum(dim=0) - summed.scores).abs().max() < near
 
 
-@pytest.mark.parametrize("baseline", ["mean", "one vector"])
-def test_integrated_gradients_together_equal_those_one_by_one(tiny, questions, baseline):
-    if baseline == "one vector":
-        baseline = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    options = {"baseline": baseline, "tolerance": 1e-5, "max_evaluations": 4000}
-    method = "integrated_gradients"
-    together = attribute_answer(tiny[0], questions, method, **options)
-    alone = attribute_answer(tiny[0], questions, method, shared=False, **options)
-    assert together.closed.all() and alone.closed.all()
-    same(together.scores, alone.scores, 5e-4)
+def test_saliency_of_an_answer_is_the_norm_of_the_summed_gradient(tiny, question):
+    result = attribute(tiny[0], question, "saliency", each=True)
+    same(result.scores, by_hand.gradient(tiny[0], question)[0].norm(dim=-1))
+    fewer = slice(0, len(PROMPT))  # which all outputs read: the norm is not the sum of the norms
+    assert (result.scores < result.each.sum(dim=0))[fewer].all()
+    embeds = by_hand.columns(tiny[0], question).requires_grad_(True)
+    for t, value in enumerate(by_hand.each_value(tiny[0], question, embeds)[0]):
+        (grad,) = torch.autograd.grad(value, embeds, retain_graph=True)
+        same(result.each[t], grad[0].norm(dim=-1))
 
 
-def test_one_output_is_the_attribution_of_its_question_to_the_last_evaluation(tiny, questions):
+@pytest.mark.parametrize("method", ["saliency", "relevance", "alti_logit", "occlusion"])
+def test_what_is_written_later_does_not_change_an_earlier_row(tiny, method):
+    rows = [
+        attribute(tiny[0], ask(*tiny, PROMPT, target=text), method, each=True).each
+        for text in ("abcd", "abxy")
+    ]
+    same(rows[0][:2], rows[1][:2], 1e-5)
+    assert not torch.allclose(rows[0][2:], rows[1][2:], atol=1e-2)
+
+
+def test_the_rows_of_a_contrast_name_the_foils_tokens_and_count_them_against(tiny):
+    question = ask(*tiny, PROMPT, target="ab", foil="xyz")
+    result = attribute(tiny[0], question, "gradient_x_input", each=True)
+    assert result.outputs == ("a", "b", "y", "z")  # a against x, then each by itself
+    embeds = embed_prompt(tiny[0], question).requires_grad_(True)
+    each = by_hand.each_value(tiny[0], question, embeds)[0]  # a, b, -x, -y, -z
+    values = [each[0] + each[2], each[1], each[3], each[4]]
+    for row, value in zip(result.each, values, strict=True):
+        (grad,) = torch.autograd.grad(value, embeds, retain_graph=True)
+        same(row, (grad * embeds).sum(dim=-1)[0].detach(), 1e-5)
+
+
+# --- integrated gradients of many outputs ------------------------------------------------------
+
+
+def test_one_output_is_the_same_with_and_without_rows(tiny):
+    question = ask(*tiny, PROMPT, target="a")
     for tolerance in (0.02, 1e-5):
         options = {"method": "integrated_gradients", "tolerance": tolerance}
-        one = attribute_answer(tiny[0], questions[-1:], **options)
-        alone = attribute(tiny[0], questions[-1], **options)
-        same(one.scores[0], alone.scores, 1e-5)
-        same(one.errors[0], alone.errors, 1e-5)
+        one, alone = (attribute(tiny[0], question, each=each, **options) for each in (True, False))
+        same(one.each[0], alone.scores, 1e-6)
+        same(one.errors, alone.errors, 1e-6)
         assert one.evaluations == alone.evaluations
 
 
-def test_every_row_of_integrated_gradients_adds_up(tiny, questions):
-    result = attribute_answer(tiny[0], questions, "integrated_gradients", tolerance=1e-3)
-    for t, question in enumerate(questions):
-        ends = torch.cat([baseline_embeds(tiny[0], question), embed_prompt(tiny[0], question)])
-        with torch.inference_mode():
-            start, end = objective(tiny[0], ends, question).tolist()
-        off = abs(result.scores[t].sum().item() - (end - start)) / max(abs(end - start), 1)
-        assert off <= 1e-3 and result.gaps[t].item() == pytest.approx(off, abs=1e-5)
-    assert result.closed.all() and result.errors.shape == result.scores.shape
+def test_every_row_of_integrated_gradients_adds_up(tiny, question):
+    result = attribute(tiny[0], question, "integrated_gradients", each=True, tolerance=1e-3)
+    end = by_hand.columns(tiny[0], question)
+    start = torch.zeros_like(end) + tiny[0].get_input_embeddings().weight.mean(dim=0)
+    with torch.no_grad():
+        moved = by_hand.each_value(tiny[0], question, end)[0]
+        moved = moved - by_hand.each_value(tiny[0], question, start)[0]
+    off = (result.each.sum(dim=1) - moved).abs() / moved.abs().clamp(min=1)
+    assert (off <= 1.1e-3).all()
+    same(result.gaps, off, 1e-4)
+    assert result.closed and result.errors.shape == result.scores.shape
 
 
-def test_rows_that_do_not_close_say_so(tiny, questions):
+def test_rows_that_do_not_close_say_so(tiny, question):
     options = {"tolerance": 1e-7, "max_evaluations": FIRST_EVALUATIONS}
-    result = attribute_answer(tiny[0], questions, "integrated_gradients", **options)
-    assert not result.closed.any() and (result.gaps > 1e-7).all()
+    result = attribute(tiny[0], question, "integrated_gradients", each=True, **options)
+    assert result.closed is False and (result.gaps > 1e-7).all()
     assert result.evaluations == FIRST_EVALUATIONS
+    assert any("did not close" in note for note in result.notes)
 
 
-@pytest.mark.parametrize("options", [{"tolerance": 0.0}, {"max_evaluations": 5}])
-def test_a_budget_that_cannot_be_kept_is_refused(tiny, questions, options):
-    with pytest.raises(InputError, match="at least 33 evaluations"):
-        attribute_answer(tiny[0], questions, "integrated_gradients", **options)
+# --- what it costs, and words ------------------------------------------------------------------
 
 
-# --- what it costs -----------------------------------------------------------------------------
-
-
-@every_method
-@pytest.mark.parametrize("shared", [True, False])
-def test_the_counts_are_the_rows_that_were_run(tiny, questions, method, shared):
-    result, with_gradient, without = rows_run(
-        tiny[0], lambda: attribute_answer(tiny[0], questions, method, shared=shared)
+def test_occlusion_takes_one_row_a_token_for_the_whole_answer(tiny, question):
+    result, gradients, rows = rows_run(
+        tiny[0], lambda: attribute(tiny[0], question, "occlusion", each=True)
     )
-    assert (result.evaluations, result.forwards) == (with_gradient, without)
-    each = T if shared and method in SHARED else 1
-    assert result.backwards == each * result.evaluations
+    assert (gradients, rows) == (0, len(PROMPT) + T) and result.forwards == rows
 
 
-def test_occlusion_takes_one_row_a_token_for_the_whole_answer(tiny, questions):
-    together, alone = (
-        attribute_answer(tiny[0], questions, "occlusion", shared=shared) for shared in (True, False)
-    )
-    prompt = len(PROMPT)
-    assert together.forwards == prompt + T
-    assert alone.forwards == sum(prompt + t + 1 for t in range(T))
+@pytest.mark.parametrize("method", ["gradient_x_input", "relevance", "attention", "alti_logit"])
+def test_words_of_an_answer_have_the_sum_of_their_tokens(tiny, method):
+    """Scores and rows: an additive method gives a unit what its tokens have together."""
+    texts = {"target": "not in Riga"}
+    fine, coarse = (ask(*tiny, "Is it in", units=units, **texts) for units in ("tokens", "words"))
+    labels = ["Is", " it", " in", "not", " in", " Rig"]  # nothing was written after the last token
+    assert [unit.label for unit in coarse.units] == labels
+    tokens, words = (attribute(tiny[0], q, method, each=True) for q in (fine, coarse))
+    same(words.scores, by_hand.per_unit(tokens.scores, coarse))
+    for token_row, word_row in zip(tokens.each, words.each, strict=True):
+        same(word_row, by_hand.per_unit(token_row, coarse))
 
 
-@every_shared_method
-@pytest.mark.parametrize("runner_up, logits", [(False, T), (True, 2 * T)])
-def test_no_logit_is_computed_that_is_not_asked_for(tiny, method, runner_up, logits):
-    questions = answer(*tiny, PROMPT, max_new_tokens=T, runner_up=runner_up)
-    shapes = set()
-    handle = tiny[0].register_forward_hook(lambda m, i, out: shapes.add(out.logits.shape[1:]))
-    attribute_answer(tiny[0], questions, method)
-    handle.remove()
-    assert shapes == {(T, logits)}
-
-
-# --- the model ---------------------------------------------------------------------------------
-
-
-def state(model):
-    modules = list(model.modules())
-    return (
-        [(id(module), len(module._forward_hooks)) for module in modules],
-        [len(module._forward_pre_hooks) for module in modules],
-        [(id(weight), weight.requires_grad, weight.grad) for weight in model.parameters()],
-        model.config._attn_implementation,
-    )
-
-
-@every_shared_method
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_left_as_found(method, fails):
-    model, tokenizer = tiny_llama()
-    questions = answer(model, tokenizer, PROMPT, max_new_tokens=T)
-    model.requires_grad_(True)
-
-    def out_of_memory(module, inputs):
-        raise MemoryError("half way through the model")
-
-    if fails:
-        model.model.layers[1].register_forward_pre_hook(out_of_memory)
-    before = state(model)
-    try:
-        attribute_answer(model, questions, method, precision="bfloat16")
-    except MemoryError:
-        assert fails
-    else:
-        assert not fails
-    assert state(model) == before
-
-
-@every_shared_method
-def test_a_bfloat16_model_gives_about_the_same_matrix(tiny, questions, method):
-    model, _ = tiny_llama()
-    exact = attribute_answer(tiny[0], questions, method)
-    half = attribute_answer(model.to(torch.bfloat16), questions, method)
-    assert half.scores.dtype == torch.float32 and half.scores.isfinite().all()
-    assert (half.scores - exact.scores).norm() < 0.2 * exact.scores.norm()
-
-
-# --- words -------------------------------------------------------------------------------------
-
-TEXTS = {
-    "The capital is Riga.": ["The", " capital", " is", " Riga", "."],
-    "in 1991, twice": ["in", " 1991", ",", " twice"],
-    "sum(xs)/2": ["sum", "(", "xs", ")/", "2"],
-    "naïve 你好 🙂": ["naïve", " 你好", " 🙂"],
-}
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_words_are_what_a_reader_takes_for_words(bundled, text):
-    labels = token_labels(bundled[1], encode(bundled[1], text))
-    words, _ = merge_words(labels, torch.zeros(len(labels)))
-    assert words == TEXTS[text]
-
-
-@pytest.mark.parametrize("name", ["tiny", "bundled"])
-def test_joining_the_words_gives_the_text(request, hostile, name):
-    tokenizer = request.getfixturevalue(name)[1]
-    labels = token_labels(tokenizer, encode(tokenizer, hostile))
-    words, _ = merge_words(labels, torch.zeros(len(labels)))
-    assert "".join(words) == hostile
-
-
-def test_sums_are_kept_and_each_score_goes_to_its_own_word():
-    labels = ["<|user|>", " Rig", "a", "你[1/2]", "你[2/2]", "!", " "]
-    scores = torch.tensor([[1, 2, 4, 8, 16, 32, 64], [0, 0, 1, 0, 0, 0, 3]]) / 8
-    words, merged = merge_words(labels, scores)
-    assert words == ["<|user|>", " Riga你", "!", " "]
-    assert merged.tolist() == [[1 / 8, 30 / 8, 4, 8], [0, 1 / 8, 0, 3 / 8]]
-    assert torch.equal(merged.sum(dim=1), scores.sum(dim=1))
-    assert torch.equal(merge_words(labels, scores[0])[1], merged[0])
-
-
-def test_rows_are_merged_like_columns_when_turned(tiny, questions):
-    result = attribute_answer(tiny[0], questions, "occlusion")
-    words, turned = merge_words(result.targets, result.scores.T)  # [read, words]
-    assert len(words) == turned.shape[1] <= T
-    same(turned.sum(), result.scores.sum(), 1e-5)
-
-
-def test_the_answer_to_a_question_of_one_token_begins_as_ask_says(tiny):
-    (only,) = answer(*tiny, "R", max_new_tokens=1)
-    assert only.target == ask(*tiny, "R").target
-    assert attribute_answer(tiny[0], [only], "occlusion").scores.shape == (1, 1)
+def test_a_baseline_replaces_the_prompt_and_not_the_foils_branch(tiny):
+    """From the baseline on, what is explained is the prompt: the branches stay what they are."""
+    question = ask(*tiny, PROMPT, target="ab", foil="cd")
+    result = attribute(tiny[0], question, "integrated_gradients", tolerance=1e-3)
+    ends = [baseline_embeds(tiny[0], question), embed_prompt(tiny[0], question)]
+    start, end = objective(tiny[0], torch.cat(ends), question)
+    assert abs(result.scores.sum() - (end - start)) <= 1.1e-3 * max(1, abs(end - start))

@@ -2,6 +2,7 @@
 
 from itertools import permutations
 
+import by_hand
 import pytest
 import torch
 from linear_model import LinearCausalModel
@@ -68,12 +69,8 @@ def test_errors_shrink_as_orders_are_added(tiny):
 def test_shapley_values_add_up_to_what_the_prompt_gained(tiny, permutations):
     question = ask(*tiny, PROMPT, foil="b")
     result = attribute(tiny[0], question, "shapley", permutations=permutations)
-    with torch.no_grad():
-        start, end = objective(
-            tiny[0],
-            torch.cat([baseline_embeds(tiny[0], question), embed_prompt(tiny[0], question)]),
-            question,
-        )
+    ends = torch.cat([baseline_embeds(tiny[0], question), embed_prompt(tiny[0], question)])
+    start, end = by_hand.value(tiny[0], question, ends)
     same(result.scores.sum(), end - start)
     assert result.gap < 1e-4 and result.closed
 
@@ -82,7 +79,7 @@ def test_two_equal_tokens_have_equal_shapley_values(tiny):
     """Symmetry, on a linear model whose weights are the same at all positions."""
     linear = LinearCausalModel(tiny[1])
     linear.weight.data[1] = linear.weight.data[0]
-    question = ask(linear, tiny[1], "aab", target="c")
+    question = ask(linear, tiny[1], "aab", target="c", foil="d")
     scores = attribute(linear, question, "shapley").scores
     same(scores[0], scores[1], 1e-6)
 
@@ -132,7 +129,7 @@ def test_the_weights_are_those_that_transformers_returns(tiny):
 
     with torch.no_grad(), attending(model, keep):
         model(question.input_ids)
-    same(torch.stack(found), eager_maps(model, question), 1e-6)
+    same(torch.cat(found), eager_maps(model, question), 1e-6)
 
 
 # --- ALTI-Logit --------------------------------------------------------------------------------
@@ -160,8 +157,11 @@ def alti_logit_slowly(model, question):
         logits = model(question.input_ids).logits[0, -1]
     for hook in hooks:
         hook.remove()
-    value = logits[question.target]
-    unembed = model.get_output_embeddings().weight[question.target]
+    (target,) = question.target
+    odds = logits.softmax(-1) if question.objective == "log_probability" else 0 * logits
+    value = logits[target] - odds @ logits
+    rows = model.get_output_embeddings().weight
+    unembed = rows[target] - odds @ rows
     rms = (seen["last"].pow(2).mean() + config.rms_norm_eps).sqrt()
     direction = unembed * model.model.norm.weight / rms
     seq = maps.shape[-1]
@@ -191,15 +191,38 @@ def alti_logit_slowly(model, question):
     return scores.detach(), value.detach()
 
 
+@pytest.mark.parametrize("objective", ["logit", "log_probability"])
 @pytest.mark.parametrize("key_value_heads", [1, 2, 4])
-def test_alti_logit_is_the_papers_sum_and_adds_up_to_the_logit(key_value_heads):
+def test_alti_logit_is_the_papers_sum_and_adds_up(key_value_heads, objective):
+    """To the logit, or to how far it is above the mean logit that the model expects."""
     model, tokenizer = tiny_llama(key_value_heads=key_value_heads)
-    question = ask(model, tokenizer, "Riga", target="a")
+    question = ask(model, tokenizer, "Riga", target="a", objective=objective)
     expected, logit = alti_logit_slowly(model, question)
     result = attribute(model, question, "alti_logit")
     same(result.scores, expected, 1e-5)
     same(result.scores.sum(), logit)
     assert result.gap < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options", [{"foil": "b"}, {"target": "ab", "foil": "cd"}, {"target": "abc"}], ids=str
+)
+def test_alti_logit_of_any_question_adds_up_token_by_token(tiny, options):
+    """What falls on the branches' own tokens counts too, though it is no unit's."""
+    result = attribute(tiny[0], ask(*tiny, PROMPT, **options), "alti_logit", each=True)
+    assert result.gap < 1e-4 and (result.gaps < 1e-4).all()
+    same(result.each.sum(dim=0), result.scores)
+
+
+def test_a_row_of_a_contrast_is_that_of_its_branch_alone(tiny):
+    rows = attribute(
+        tiny[0], ask(*tiny, PROMPT, target="ab", foil="cd"), "alti_logit", each=True
+    ).each
+    pair = attribute(tiny[0], ask(*tiny, PROMPT, target="a", foil="c"), "alti_logit")
+    same(rows[0], pair.scores)
+    for row, (before, target), sign in ((rows[1], "ab", 1), (rows[2], "cd", -1)):
+        alone = attribute(tiny[0], ask(*tiny, PROMPT + before, target=target), "alti_logit")
+        same(row, sign * alone.scores[: len(PROMPT)])
 
 
 def test_what_moves_is_taken_in_pieces_on_a_long_prompt(tiny, monkeypatch):

@@ -2,6 +2,7 @@
 
 import itertools
 
+import by_hand
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,9 +10,7 @@ import torch
 from linear_model import LinearCausalModel
 
 from helpers import InputError, ask, attribute, tiny_llama
-from helpers.attribution import baseline_embeds, embed_prompt, objective
 from helpers.faithfulness import (
-    REPLACEMENTS,
     against_random,
     area,
     bootstrap_interval,
@@ -23,7 +22,6 @@ from helpers.faithfulness import (
     randomisation,
     randomised,
     rank_correlation,
-    replacement,
 )
 
 PROMPT = "Riga is in"
@@ -41,33 +39,50 @@ def linear(tiny):
 # --- curves ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("baseline", REPLACEMENTS)
-@pytest.mark.parametrize("foil", [None, "b"])
-def test_a_curve_is_the_objective_with_tokens_replaced_one_after_the_other(tiny, baseline, foil):
-    model, question = tiny[0], ask(*tiny, PROMPT, foil=foil)
-    order = random_orders(len(question.labels), 1, seed=5)
-    curves = erasure_curves(model, question, order, baseline)
-    embeds = embed_prompt(model, question)
-    blank = baseline_embeds(model, question, replacement(model, question, baseline))
-    deleted, inserted = embeds.clone(), blank.clone()
-    for step, position in enumerate([None, *order[0].tolist()]):
-        if position is not None:
-            deleted[0, position] = blank[0, position]
-            inserted[0, position] = embeds[0, position]
-        with torch.no_grad():
-            expected = objective(model, torch.cat([deleted, inserted]), question)
-        same(torch.stack([curves.deletion[0, step, 0], curves.insertion[0, step, 0]]), expected)
+SHAPES = {
+    "next token": {},
+    "foil": {"foil": "b"},
+    "two texts": {"target": "ab", "foil": "cd"},
+    "an answer in words": {"target": "a b", "units": "words"},
+    "sentences": {"prompt": "Is it. It is! It", "units": "sentences", "foil": "b"},
+    "raw logit": {"objective": "logit"},
+    "raw logits": {"target": "ab", "foil": "c", "objective": "logit"},
+}
 
 
-def test_probabilities_are_of_the_vocabulary_or_of_target_and_foil(tiny):
-    model = tiny[0]
-    for foil in (None, "b"):
-        question = ask(*tiny, PROMPT, target="a", foil=foil)
-        curves = erasure_curves(model, question, random_orders(len(question.labels), 1))
-        logits = model(question.input_ids).logits[0, -1]
-        of = [question.target] if foil is None else [question.target, question.foil]
-        expected = logits.softmax(-1)[of[0]] if foil is None else logits[of].softmax(-1)[0]
-        same(curves.deletion[0, 0, 1], expected.detach())
+def a_question(tiny, shape):
+    return ask(*tiny, **{"prompt": PROMPT} | SHAPES[shape])
+
+
+@pytest.mark.parametrize("replacement", ["mean", "eos", "neighbour", "zero", "remove"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_curve_is_the_objective_with_units_gone_one_after_the_other(tiny, replacement, shape):
+    model, question = tiny[0], a_question(tiny, shape)
+    units = len(question.units)
+    order = random_orders(units, 1, seed=5)
+    curves = erasure_curves(model, question, order, replacement)
+    for step in range(units + 1):
+        first, rest = order[0, :step].tolist(), order[0, step:].tolist()
+        expected = [by_hand.without(model, question, gone, replacement) for gone in (first, rest)]
+        found = torch.stack([curves.deletion[0, step, 0], curves.insertion[0, step, 0]])
+        same(found, torch.tensor(expected), 2e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_probabilities_are_of_the_whole_target_or_of_target_and_foil(tiny, shape):
+    """At every step, whatever the objective: the ratio of two probabilities of whole texts."""
+    model, question = tiny[0], a_question(tiny, shape)
+    normal = ask(*tiny, **{"prompt": PROMPT} | SHAPES[shape] | {"objective": "log_probability"})
+    units = len(question.units)
+    order = random_orders(units, 1, seed=2)
+    curves = erasure_curves(model, question, order, "mean")
+    for step in (0, 1, units):
+        gone = order[0, :step].tolist()
+        log = torch.tensor(by_hand.without(model, normal, gone, "mean"))
+        expected = log.exp() if question.foil is None else log.exp() / (1 + log.exp())
+        same(curves.deletion[0, step, 1], expected)
+    start = question.probability if question.foil is None else None
+    assert start is None or curves.deletion[0, 0, 1].item() == pytest.approx(start, rel=1e-3)
 
 
 def test_the_ends_of_the_curves_meet(tiny):
@@ -79,7 +94,7 @@ def test_the_ends_of_the_curves_meet(tiny):
 
 
 def test_on_a_linear_model_no_order_does_better_than_the_known_scores(linear, tiny):
-    question = ask(linear, tiny[1], "Riga", target="a")
+    question = ask(linear, tiny[1], "Riga", target="a", foil="b")
     best = linear.known_scores(question).argsort(descending=True)
     orders = torch.tensor([best.tolist(), *itertools.permutations(range(4))])
     measures = erasure_measures(erasure_curves(linear, question, orders))
@@ -96,7 +111,7 @@ def test_a_variant_that_orders_share_is_run_once(tiny):
     order = random_orders(len(question.labels), 1)
     once = erasure_curves(tiny[0], question, order)
     twice = erasure_curves(tiny[0], question, torch.cat([order, order]))
-    assert twice.forwards == once.forwards == 2 * len(question.labels) + 1
+    assert twice.forwards == once.forwards == 2 * len(question.units) + 1
     assert torch.equal(twice.deletion[0], twice.deletion[1])
 
 
@@ -117,7 +132,7 @@ def test_a_prompt_of_one_token_has_measures(tiny):
 
 @pytest.mark.parametrize("order", [[[0, 1]], [[0] * 10], [list(range(1, 11))]])
 def test_an_order_that_is_no_permutation_is_refused(tiny, order):
-    with pytest.raises(InputError, match="each of the 10 positions once"):
+    with pytest.raises(InputError, match="each of the 10 units once"):
         erasure_curves(tiny[0], ask(*tiny, PROMPT), torch.tensor(order))
 
 
@@ -127,28 +142,38 @@ def test_area_is_the_mean_height():
     same(area(counts, torch.tensor([0.0, 1, 4])), torch.tensor(2.0))
 
 
-def test_a_neighbour_is_the_token_before(tiny):
-    question = ask(*tiny, "abc")
-    embeds = embed_prompt(tiny[0], question)
-    assert torch.equal(replacement(tiny[0], question, "neighbour"), embeds[:, [1, 0, 1]])
-    alone = ask(*tiny, "a")
-    assert replacement(tiny[0], alone, "neighbour").shape == embed_prompt(tiny[0], alone).shape
-
-
 def test_scores_are_ordered_by_value_since_a_negative_one_pushes_away(linear, tiny):
-    question = ask(linear, tiny[1], PROMPT, target="a")
+    question = ask(linear, tiny[1], PROMPT, target="a", foil="b")
     result = attribute(linear, question, "gradient_x_input")
     assert result.scores[importance_order(result)].diff().le(0).all()
     assert result.scores.min() < 0
 
 
 def test_against_random_beats_all_of_chance_where_the_scores_are_right(linear, tiny):
-    question = ask(linear, tiny[1], "Riga is", target="a")
+    question = ask(linear, tiny[1], "Riga is", target="a", foil="b")
     results = {m: attribute(linear, question, m) for m in ("occlusion", "random")}
     table = against_random(linear, question, results, count=30)
     assert table.loc["occlusion", "beats_random"] >= 0.9
     assert table.loc["occlusion", "faithfulness"] > table.loc["random", "faithfulness"]
     assert table.loc["occlusion", "random_faithfulness"] < table.loc["occlusion", "faithfulness"]
+
+
+@pytest.mark.parametrize("shape", ["two texts", "an answer in words", "sentences"])
+def test_against_random_takes_any_question(tiny, shape):
+    question = a_question(tiny, shape)
+    results = {m: attribute(tiny[0], question, m) for m in ("occlusion", "shapley")}
+    table = against_random(tiny[0], question, results, count=5)
+    orders = torch.stack([importance_order(result) for result in results.values()])
+    measures = erasure_measures(erasure_curves(tiny[0], question, orders))
+    assert table.index.tolist() == ["occlusion", "shapley"]
+    for name, values in measures.items():
+        same(torch.tensor(table[name].to_numpy()), values)
+
+
+def test_orders_of_tokens_are_no_orders_of_words(tiny):
+    question = a_question(tiny, "an answer in words")
+    with pytest.raises(InputError, match="each of the 5 units once"):
+        erasure_curves(tiny[0], question, random_orders(10, 1))
 
 
 # --- randomisation -----------------------------------------------------------------------------

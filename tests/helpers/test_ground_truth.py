@@ -160,8 +160,12 @@ def test_what_is_solved_is_what_one_prompt_at_a_time_says(family, bundled):
         assert places == list(range(places[0], places[-1] + 1))
         text = tokenizer.decode(question.input_ids[0, places])
         assert text.strip() and text.strip() in case.evidence
-        assert tokenizer.decode([question.target]) and case.target.startswith(question.target_label)
+        assert len(question.target) == len(question.foil) == 1
+        assert question.target_label and case.target.startswith(question.target_label)
         assert (question.target, question.foil) == (other.target, other.foil)
+    alone = ask(model, tokenizer, question.prompt, target_ids=question.target)
+    assert question.probability == pytest.approx(alone.probability, rel=1e-3)
+    assert (question.top, question.rank) == (alone.top, alone.rank)
 
 
 def test_a_case_counts_only_if_the_model_gets_it_right(tiny):

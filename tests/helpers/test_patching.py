@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import by_hand
 import pytest
 import torch
 from llama3_rope import LLAMA3_ROPE
@@ -24,16 +25,32 @@ def pair(tiny, clean=CLEAN, corrupted=CORRUPTED, target="a", foil="b"):
     return [ask(*tiny, prompt, target=target, foil=foil) for prompt in (clean, corrupted)]
 
 
+SHAPES = {
+    "foil": {"target": "a", "foil": "b"},
+    "no foil": {"target": "a"},
+    "two tokens": {"target": "ab"},
+    "a longer target": {"target": "abc", "foil": "d"},
+    "a shared beginning": {"target": "abc", "foil": "abd"},
+    "words": {"target": "ab", "units": "words"},
+    "raw logit": {"target": "a", "objective": "logit"},
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+
+
+def pair_of(tiny, shape):
+    return [ask(*tiny, prompt, **SHAPES[shape]) for prompt in (CLEAN, CORRUPTED)]
+
+
 def hidden_states(model, question):
     """The residual stream entering every layer and the final norm: list of [1, seq, dim]."""
     seen = []
     modules = [*model.model.layers, model.model.norm]
     hooks = [m.register_forward_pre_hook(lambda m, args: seen.append(args[0])) for m in modules]
     with torch.no_grad():
-        objective(model, embed_prompt(model, question), question)
+        by_hand.value(model, question)
     for hook in hooks:
         hook.remove()
-    return seen
+    return seen[: len(modules)]
 
 
 def slow(model, giver, receiver, depth, positions):
@@ -42,13 +59,13 @@ def slow(model, giver, receiver, depth, positions):
 
     def put(module, args):
         changed = args[0].clone()
-        changed[:, positions] = states[:, positions]
+        changed[:, positions] = states[:, positions]  # of the prompt, in each branch
         return (changed, *args[1:])
 
     module = [*model.model.layers, model.model.norm][depth]
     hook = module.register_forward_pre_hook(put)
     with torch.no_grad():
-        value = objective(model, embed_prompt(model, receiver), receiver)
+        value = by_hand.value(model, receiver)
     hook.remove()
     return value.item()
 
@@ -69,11 +86,12 @@ def same(effects, expected, tolerance=1e-4):
 
 
 @both_directions
-@pytest.mark.parametrize("foil", [None, "b"], ids=["no foil", "foil"])
-def test_effects_are_those_of_one_hook_at_a_time(tiny, direction, foil):
-    questions = pair(tiny, foil=foil)
+@every_shape
+def test_effects_are_those_of_one_hook_at_a_time(tiny, direction, shape):
+    questions = pair_of(tiny, shape)
     found = patch_positions(tiny[0], *questions, direction=direction)
     same(found.effects, slow_effects(tiny[0], *questions, direction))
+    assert found.effects.shape == (3, len(CLEAN))  # of the prompt, whatever follows
     assert found.effects[1, 1:].abs().min() > 1e-4  # not zero by chance
 
 
@@ -209,7 +227,7 @@ def test_the_score_of_a_position_is_its_mean_before_the_last_depth():
     "change, message",
     [
         (lambda c: replace(c, input_ids=c.input_ids[:, 1:]), "10 tokens .* 9"),
-        (lambda c: replace(c, target=c.target + 5), "target and foil"),
+        (lambda c: replace(c, target=(5,)), "target and foil"),
         (lambda c: replace(c, foil=None), "target and foil"),
     ],
 )
@@ -217,6 +235,17 @@ def test_a_pair_that_cannot_be_patched_is_refused(tiny, change, message):
     clean, corrupted = pair(tiny)
     with pytest.raises(InputError, match=message):
         patch_positions(tiny[0], clean, change(corrupted))
+
+
+@pytest.mark.parametrize(
+    "texts", [{"target": "ab", "foil": "cd"}, {"target": "axy", "foil": "abc"}]
+)
+def test_target_and_foil_in_two_texts_are_refused(tiny, texts):
+    questions = [ask(*tiny, prompt, **texts) for prompt in (CLEAN, CORRUPTED)]
+    hooks = [len(module._forward_pre_hooks) for module in tiny[0].modules()]
+    with pytest.raises(InputError, match="reads one text"):
+        patch_positions(tiny[0], *questions)
+    assert [len(module._forward_pre_hooks) for module in tiny[0].modules()] == hooks
 
 
 def test_a_prompt_is_not_its_own_counterfactual(tiny):

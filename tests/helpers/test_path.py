@@ -12,7 +12,8 @@ from helpers.attribution import (
     fixed_step_integrated_gradients,
     halve,
     objective,
-    path_slopes,
+    objective_gradient,
+    refine,
     simpson,
 )
 from helpers.attribution.path import FIRST_EVALUATIONS
@@ -30,6 +31,15 @@ def moved(model, question, baseline="mean"):
     with torch.inference_mode():
         start, end = objective(model, ends, question).tolist()
     return end - start
+
+
+def slopes_at(model, question, start, alphas):
+    """Values [points] and slopes [points, seq] of the line from ``start`` to the prompt."""
+    step = embed_prompt(model, question) - start
+    rows = start + alphas.float()[:, None, None] * step
+    with torch.no_grad():
+        values = objective(model, rows, question)
+    return values, (objective_gradient(model, rows, question) * step).sum(dim=-1)
 
 
 # --- the parts ---------------------------------------------------------------------------------
@@ -65,23 +75,32 @@ def test_halving_takes_two_new_points_a_piece_and_keeps_the_three_old_ones():
         assert torch.equal(found, known)
 
 
-def test_a_slope_is_the_derivative_of_the_objective_along_the_path(tiny):
-    model, question = tiny[0], ask(*tiny, PROMPT, foil="b")
-    start = baseline_embeds(model, question)
-    at, step = 0.7, 1e-3
-    _, slopes = path_slopes(model, question, start, torch.tensor([at]))
-    values, _ = path_slopes(model, question, start, torch.tensor([at - step, at + step]))
-    same(slopes.sum(), (values[1] - values[0]) / (2 * step), 1e-2)
+def test_outs_share_their_points_and_each_closes():
+    """Two outs at once: one is done at the first look, the other has a kink."""
+
+    def run(alphas):
+        kink = (alphas - 0.37).abs()
+        values = torch.stack([alphas**4, 20 * kink], dim=1)
+        smooth = torch.stack([4 * alphas**3, 0 * alphas], dim=1)
+        rough = torch.stack([0 * alphas, 20 * (alphas - 0.37).sign()], dim=1)
+        return values, torch.stack([smooth, rough], dim=1)
+
+    done = refine(run, 1e-3, 2000)
+    assert done["closed"] and done["evaluations"] < 200
+    same(done["scores"], torch.tensor([[1.0, 0], [0, 20 * 0.26]]).double(), 6e-3)
+    same(done["moved"], torch.tensor([1.0, 20 * 0.26]).double(), 1e-6)
+    assert done["errors"].shape == (2, 2)
+    assert not refine(run, 1e-9, 40)["closed"]
 
 
 # --- right where the answer is known -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("foil", [None, "b"])
+@pytest.mark.parametrize("options", [{"objective": "logit"}, {"foil": "b"}], ids=str)
 @pytest.mark.parametrize("baseline", ["mean", "zero", "eos"])
-def test_a_linear_model_closes_at_the_first_look(tiny, baseline, foil):
+def test_a_linear_model_closes_at_the_first_look(tiny, baseline, options):
     linear = LinearCausalModel(tiny[1])
-    question = ask(linear, tiny[1], PROMPT, target="a", foil=foil)
+    question = ask(linear, tiny[1], PROMPT, target="a", **options)
     result = attribute(linear, question, METHOD, baseline=baseline)
     start = baseline_embeds(linear, question, baseline)
     known = linear.known_gradient(question) * (embed_prompt(linear, question) - start)[0]
@@ -90,11 +109,11 @@ def test_a_linear_model_closes_at_the_first_look(tiny, baseline, foil):
     assert result.evaluations == FIRST_EVALUATIONS
 
 
-@pytest.mark.parametrize("foil", [None, "b"])
+@pytest.mark.parametrize("options", [{}, {"foil": "b"}, {"target": "ab", "foil": "cd"}], ids=str)
 @pytest.mark.parametrize("chat", [False, True])
-def test_equal_to_captum_where_captum_converges(tiny, foil, chat):
+def test_equal_to_captum_where_captum_converges(tiny, options, chat):
     """From a baseline near the prompt; far from it fixed steps do not converge on a Llama."""
-    model, question = tiny[0], ask(*tiny, PROMPT, foil=foil, chat=chat)
+    model, question = tiny[0], ask(*tiny, PROMPT, chat=chat, **options)
     near = embed_prompt(model, question) * 0.9
     captum = fixed_step_integrated_gradients(model, question, near, n_steps=200)
     assert captum.gap < 1e-4
@@ -107,19 +126,18 @@ def test_equal_to_a_much_finer_sum_where_fixed_steps_are_far_off(tiny):
     result = attribute(model, question, METHOD, tolerance=2e-3, max_evaluations=4000)
     steep = torch.linspace(0, 1, 5001, dtype=torch.float64) ** 3  # crowded towards the baseline
     middles, widths = (steep[1:] + steep[:-1]) / 2, steep.diff()
-    _, slopes = path_slopes(model, question, baseline_embeds(model, question), middles)
+    _, slopes = slopes_at(model, question, baseline_embeds(model, question), middles)
     fine = (widths[:, None] * slopes).sum(dim=0).float()
     assert result.closed
     same(result.scores, fine, 0.01 * float(fine.abs().max()))
 
 
 @pytest.mark.parametrize("baseline", ["mean", "eos"])
-@pytest.mark.parametrize("options", [{}, {"foil": " Tall"}, {"chat": True}], ids=str)
-def test_the_bundled_model_closes(bundled, baseline, options):
-    question = ask(*bundled, "Estonia's capital is", target=" Rig", **options)
+def test_the_bundled_model_closes(bundled, baseline):
+    question = ask(*bundled, "Estonia's capital is", target=" Rig", foil=" Tall")
     result = attribute(bundled[0], question, METHOD, baseline=baseline, tolerance=0.05)
-    known = moved(bundled[0], question, baseline)
     assert result.closed and result.gap <= 0.05
+    known = moved(bundled[0], question, baseline)
     assert abs(float(result.scores.sum()) - known) <= 0.05 * max(1, abs(known)) + 1e-3
 
 
@@ -135,8 +153,8 @@ def test_the_gap_is_what_the_scores_miss_of_the_move_and_nothing_is_rescaled(tin
 
 
 @pytest.mark.parametrize("most", [FIRST_EVALUATIONS, 40, 101, 400])
-def test_the_evaluations_allowed_are_not_exceeded(bundled, most):
-    model, question = bundled[0], ask(*bundled, PROMPT)
+def test_the_evaluations_allowed_are_not_exceeded(tiny, most):
+    model, question = tiny[0], ask(*tiny, PROMPT)
     rows = []
     handle = model.register_forward_pre_hook(
         lambda module, args, named: rows.append(len(named["inputs_embeds"])), with_kwargs=True
@@ -157,23 +175,27 @@ def test_a_smaller_tolerance_costs_more_and_gives_smaller_errors(bundled):
     assert tight.gap <= 0.01 and tight.errors.max() < loose.errors.max()
 
 
-def test_the_errors_are_of_the_size_of_the_real_ones(bundled):
-    """Estimates, not bounds: on the whole within a factor of a few."""
-    question = ask(*bundled, "The dog is")
-    coarse, fine = (
-        attribute(bundled[0], question, METHOD, tolerance=t, max_evaluations=4000)
-        for t in (0.2, 0.002)
-    )
-    real = (coarse.scores - fine.scores).abs().max()
-    assert 0.1 < coarse.errors.max() / real < 10
+def test_the_errors_are_of_the_size_of_the_real_ones(tiny):
+    """Estimates, not bounds: on the whole within a factor of a few, and rather too large."""
+    ratios = []
+    for prompt in ("The dog is", "Riga is in", "keys", "Oslo", "one two"):
+        question = ask(*tiny, prompt, foil="b")
+        coarse, fine = (
+            attribute(tiny[0], question, METHOD, tolerance=t, max_evaluations=4000)
+            for t in (0.2, 1e-4)
+        )
+        assert fine.closed
+        real = (coarse.scores - fine.scores).abs().max()
+        ratios.append(float(coarse.errors.max() / real))
+    assert 0.3 < sorted(ratios)[2] < 30, ratios
 
 
 def test_from_zeros_the_scores_are_finite_and_say_that_they_did_not_close(bundled):
     """At zeros the gradient overflows: 30 layers, each with norms of slope 1/sqrt(eps)."""
     question = ask(*bundled, PROMPT)
     start = baseline_embeds(bundled[0], question, "zero")
-    values, slopes = path_slopes(bundled[0], question, start, torch.zeros(1))
-    assert values.isfinite().all() and (slopes == 0).all()
+    values, _ = slopes_at(bundled[0], question, start, torch.zeros(1))
+    assert values.isfinite().all()  # whatever the slopes do
     result = attribute(bundled[0], question, METHOD, baseline="zero", max_evaluations=200)
     assert result.scores.isfinite().all() and not result.closed
     known = moved(bundled[0], question, "zero")
