@@ -1,39 +1,40 @@
 """What a plan will take, before any of it is run: from token counts, the model's shape and a clock.
 
-A pass through the model takes its floating point operations at the rate of this machine's matrix
-products, the weights read once at the speed of its memory, and a fixed time a layer. The three are
-measured in about half a second; no weights are loaded.
+Each method's record says how many rows a prompt takes. A row takes its floating point operations at
+the rate of this machine's matrix products, the weights read once a pass at the speed of its memory,
+and a fixed time a layer. The three are measured in about half a second; no weights are loaded.
 """
 
 import csv
 import json
 import math
-import time
-from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from torch.utils.benchmark import Timer
+from transformers import AutoConfig
 
-from helpers.attribution import METHODS
-from helpers.attribution.engine import TOKENS_PER_BATCH, gradient_bytes
-from helpers.attribution.perturbation import FULL_PASS
-from helpers.models import public_name, resolve_model
-from llama_reports.jobs import DEFAULT_NOTEBOOK, finished
+from helpers.attribution import BUDGET, METHODS, Price
+from helpers.attribution.engine import FULL_PASS, TOKENS_PER_BATCH, gradient_bytes
+from helpers.models import public_name, resolve_model, tiny_llama
+from llama_reports.jobs import DEFAULT_NOTEBOOK, Job, Plan, finished
 from llama_reports.scores import DEFAULT_METHODS, WINDOW
 
-TOY_LAYERS = 8  # of the model that a layer's fixed time is measured on
+TOY_LAYERS = 3  # of the toy: two, and about one more in what stands around them
 SHOWN = 10  # reports that are named
 ENOUGH = 3  # finished reports from which on the estimate is corrected by them
 LOOKED_AT = 500  # of them
 # measured over reports on benchmarks/prompts/tuning.yml with the bundled model
-GRADIENTS = 300  # that integrated gradients take in the mean, where they may: a few take 2,000
-ROUNDS = 6  # of passes that they come in
+ROUNDS = 6  # of passes in which a method of many gradients asks for them
+ERASED = 0.85  # of a row is run where some units are erased at random
 EFFICIENCY = 0.85  # of the rate of matrix products, over all that a pass does
 READING = 0.5  # of the speed at which one large matrix is read, over the weights of all layers
 START = 5.0  # seconds until a worker has imported everything and has the model
@@ -57,33 +58,31 @@ class Shape:
     itemsize: int = 4
 
     @property
-    def layer_weights(self):
+    def layer_weights(self) -> int:
         """The numbers in a layer's matrices."""
         queries, keys = self.heads * self.head_dim, self.key_value_heads * self.head_dim
         return self.width * (2 * queries + 2 * keys + 3 * self.feed_forward)
 
 
-@dataclass(frozen=True)
-class Work:
-    """What is asked of a machine: operations, bytes beside the weights, and passes by their kind.
+def work(flops: float = 0.0, forwards: float = 0.0, gradients: float = 0.0) -> np.ndarray:
+    """What is asked of a machine: operations, and passes through the model by their kind, [3].
 
     A gradient is one forward and one backward pass.
     """
+    return np.array([flops, forwards, gradients], dtype=float)
 
-    flops: float = 0.0
-    bytes: float = 0.0
-    forwards: float = 0.0
-    gradients: float = 0.0
 
-    def __add__(self, other):
-        return Work(*(a + b for a, b in zip(self.parts, other.parts, strict=True)))
+class Size(NamedTuple):
+    """What is known of a prompt: tokens that are read, scores of a method, tokens explained."""
 
-    def __mul__(self, times):
-        return Work(*(part * times for part in self.parts))
+    tokens: int
+    units: int
+    outputs: int = 1
 
     @property
-    def parts(self):
-        return self.flops, self.bytes, self.forwards, self.gradients
+    def length(self) -> int:
+        """Tokens of the text that goes through the model."""
+        return self.tokens + self.outputs - 1
 
 
 @dataclass(frozen=True)
@@ -94,14 +93,13 @@ class Machine:
     bandwidth: float
     overhead: float
 
-    def seconds(self, work, shape):
-        read = work.forwards + 2 * work.gradients
-        layers = work.forwards + 3 * work.gradients
-        weights = shape.layers * shape.layer_weights * shape.itemsize
+    def seconds(self, work: np.ndarray, shape: Shape) -> float:
+        flops, forwards, gradients = work.tolist()
+        weights = shape.layers * shape.layer_weights + shape.width * shape.vocabulary
         return (
-            work.flops / self.flops / EFFICIENCY
-            + (work.bytes + read * weights) / self.bandwidth / READING
-            + layers * shape.layers * self.overhead
+            flops / self.flops / EFFICIENCY
+            + (forwards + 2 * gradients) * weights * shape.itemsize / self.bandwidth / READING
+            + (forwards + 3 * gradients) * shape.layers * self.overhead
         )
 
 
@@ -126,7 +124,7 @@ class Estimate:
     unit: str = "report"
 
     @property
-    def text(self):
+    def text(self) -> str:
         lines = [f"{_count(self.to_run, self.unit)} would run" + (":" if self.first else ".")]
         lines += [f"  {name}" for name in self.first]
         if self.to_run > len(self.first) and self.first:
@@ -144,7 +142,16 @@ class Estimate:
         return "\n".join(lines)
 
 
-def estimate(plan, out=None, *, workers=1, threads=1, scores_only=False, done=None, machine=None):
+def estimate(
+    plan: Plan,
+    out: str | Path | None = None,
+    *,
+    workers: int = 1,
+    threads: int = 1,
+    scores_only: bool = False,
+    done: Callable[[Job], bool] | None = None,
+    machine: Machine | None = None,
+) -> Estimate:
     """What a ``Plan`` takes with ``workers`` processes of ``threads`` threads each.
 
     ``done(job)`` says if a job needs no more work; by default, if its report is in ``out``. With
@@ -157,10 +164,11 @@ def estimate(plan, out=None, *, workers=1, threads=1, scores_only=False, done=No
     tokens, kinds = plan.tokens[left], plan.kinds[left]
     if machine is None and len(tokens):
         machine = measure(shape, plan.dtype, threads)
-    if scores_only:
-        each, basis = _seconds_of_scores(plan, shape, machine, tokens, kinds)
-    else:
-        each, basis = _seconds_of_reports(plan, shape, machine, tokens, kinds, out)
+    corrections: dict[str, tuple[float, int]] = {}
+    if not scores_only:
+        for notebook in {plan.asked[kind][0] for kind in np.unique(kinds)}:
+            corrections[notebook] = _correction(plan, shape, machine, notebook, out)
+    each = _seconds_of_jobs(plan, shape, machine, left, corrections)
     busy = max(1, min(workers, len(each)))
     together = max(each.sum() / busy, each.max(initial=0.0)) + (START if len(each) else 0.0)
     return Estimate(
@@ -169,9 +177,9 @@ def estimate(plan, out=None, *, workers=1, threads=1, scores_only=False, done=No
         replaced=plan.replaced,
         seconds=float(together),
         memory=_memory(plan, shape, tokens, kinds, scores_only, busy) if len(tokens) else 0,
-        disk=_disk(plan, tokens, kinds, scores_only),
+        disk=_disk(plan, left, scores_only),
         first=first,
-        basis=basis,
+        basis=_basis(machine, corrections) if len(tokens) else "",
         workers=busy,
         unit="prompt" if scores_only else "report",
     )
@@ -198,7 +206,7 @@ def _left(plan, out, done, scores_only):
 # --- the model and the machine -----------------------------------------------------------------
 
 
-def model_shape(model, dtype="float32"):
+def model_shape(model: str, dtype: str = "float32") -> Shape:
     """The ``Shape`` of a model, from its configuration alone."""
     config = _config(model)
     heads = config.num_attention_heads
@@ -225,191 +233,146 @@ def _dtype(config, dtype):
     return found or torch.float32
 
 
-def measure(shape, dtype="float32", threads=1):
+def measure(shape: Shape, dtype: str = "float32", threads: int = 1) -> Machine:
     """The ``Machine`` that this one is, for matrices of ``shape``; takes about half a second."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    dtype = _dtype(None, "float32" if dtype == "auto" else dtype)
-    found = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        inner, outer = min(shape.width, 1024), min(shape.feed_forward, 4096)
-        rows, weight = (torch.ones(n, inner, dtype=dtype, device=device) for n in (512, outer))
-        large = torch.ones(4096, 4096, dtype=dtype, device=device)  # larger than a cache
-        linear, run_toy = torch.nn.functional.linear, _toy(device)
-        return Machine(
-            flops=2 * rows.numel() * outer / _seconds(lambda: linear(rows, weight), device),
-            bandwidth=large.nbytes / _seconds(lambda: linear(large[:1], large), device),
-            overhead=_seconds(run_toy, device) / TOY_LAYERS,
-        )
-    finally:
-        torch.set_num_threads(found)
+    kind = _dtype(None, "float32" if dtype == "auto" else dtype)
+    inner, outer = min(shape.width, 1024), min(shape.feed_forward, 4096)
+    rows, weight = (torch.ones(n, inner, dtype=kind, device=device) for n in (512, outer))
+    large = torch.ones(4096, 4096, dtype=kind, device=device)  # larger than a cache
+    toy = tiny_llama()[0].to(device)  # so small that nothing of its time is arithmetic
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
 
-
-def _toy(device):
-    """A pass through a model so small that nothing of its time is arithmetic."""
-    config = LlamaConfig(
-        vocab_size=8,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=TOY_LAYERS,
-        num_attention_heads=2,
-    )
-    with torch.random.fork_rng(devices=[]):
-        model = LlamaForCausalLM(config).eval().to(device)
-    embeds = torch.zeros(1, 1, 32, device=device)
-
-    def run():
+    def seconds(code):
+        names = {"rows": rows, "weight": weight, "large": large, "toy": toy, "token": token}
+        names["linear"] = torch.nn.functional.linear
+        timer = Timer(code, globals=names, num_threads=threads)
         with torch.inference_mode():
-            model(inputs_embeds=embeds, use_cache=False)
+            return timer.blocked_autorange(min_run_time=0.1).median
 
-    return run
-
-
-def _seconds(function, device, times=9):
-    """The median time of a call, after one that does not count."""
-    taken = []
-    for _ in range(times + 1):
-        began = time.perf_counter()
-        function()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        taken.append(time.perf_counter() - began)
-    return sorted(taken[1:])[times // 2]
+    return Machine(
+        flops=2 * rows.numel() * outer / seconds("linear(rows, weight)"),
+        bandwidth=large.nbytes / seconds("linear(large[:1], large)"),
+        overhead=seconds("toy(token, use_cache=False)") / TOY_LAYERS,
+    )
 
 
 # --- what methods ask of it --------------------------------------------------------------------
 
 
-def forward(shape, rows, seq, first=0, at_once=TOKENS_PER_BATCH["cpu"]):
+def forward(
+    shape: Shape,
+    rows: float,
+    seq: int,
+    first: float = 0,
+    at_once: int = TOKENS_PER_BATCH["cpu"],
+    outputs: int = 1,
+) -> np.ndarray:
     """``rows`` forward passes over positions ``first`` to ``seq``, ``at_once`` tokens together.
 
     The matrix products of all layers: two operations a weight and token, and attention's two
-    products with each position at or before one's own. The output layer is ``answer``.
+    products with each position at or before one's own; then the logits of the ``outputs``.
     """
     new = seq - first
     seen = new * (first + seq + 1) / 2  # pairs of a position and one that it sees
     linear = 2 * shape.layer_weights * new
     attention = 4 * shape.heads * shape.head_dim * seen
-    flops = rows * shape.layers * (linear + attention)
-    return Work(flops, forwards=_passes(rows, new, at_once))
+    head = 2 * shape.width * shape.vocabulary * outputs
+    flops = rows * (shape.layers * (linear + attention) + head)
+    return work(flops, forwards=math.ceil(rows / max(1, at_once // new)))
 
 
-def gradient(shape, rows, seq, at_once=TOKENS_PER_BATCH["cpu"]):
-    """``rows`` forward and backward passes through frozen weights."""
-    linear = 2 * shape.layer_weights * seq
-    attention = 4 * shape.heads * shape.head_dim * seq * (seq + 1) / 2
-    flops = rows * shape.layers * (2 * linear + 3 * attention)
-    return Work(flops, gradients=_passes(rows, seq, at_once))
+def gradient(shape: Shape, rows: float, seq: int, outputs: int = 1) -> np.ndarray:
+    """``rows`` forward and backward passes through frozen weights.
 
-
-def answer(shape, rows, passes=1):
-    """The logits of the whole vocabulary, after the last position of each row."""
-    weights = shape.width * shape.vocabulary
-    return Work(2 * rows * weights, bytes=passes * weights * shape.itemsize)
-
-
-def _passes(rows, tokens, at_once):
-    return math.ceil(rows / max(1, at_once // tokens))
-
-
-def _replaced(shape, seq, sizes, whole_vocabulary=False):
-    """Rows with some tokens replaced: ``sizes`` ``{tokens replaced: rows}``.
-
-    Up to its first replaced position a row is the prompt itself, and is not run; with ``k`` of
-    ``n`` positions drawn at random, ``(n - k) / (k + 1)`` come before the first of them.
+    As many products go back, and of attention twice as many.
     """
-    work = forward(shape, 1, seq) + answer(shape, 1)
-    for size, rows in sizes.items():
-        first = (seq - size) / (size + 1) if size else seq - 1
-        some = forward(shape, rows, seq, first)
-        full = rows * (seq - first) / FULL_PASS  # the passes are shared by all sizes
-        some = Work(some.flops, forwards=full)
-        work += some + (answer(shape, rows, full) if whole_vocabulary else Work())
-    return work
+    flops, passes, _ = forward(shape, rows, seq, outputs=outputs)
+    attention = rows * shape.layers * 4 * shape.heads * shape.head_dim * seq * (seq + 1) / 2
+    return work(2 * flops + attention, gradients=passes)
 
 
-def _distinct(seq, size, drawn):
-    """How many different subsets of ``size`` positions there are among so many that are drawn."""
-    there_are = math.comb(seq, size)
-    if there_are > 1e9:
-        return drawn
-    return there_are * -math.expm1(drawn * math.log1p(-1 / there_are)) if there_are > 1 else 1
+def priced(shape: Shape, price: Price, size: Size, rows: int = 1) -> np.ndarray:
+    """The ``work`` that a method's ``Price`` stands for, over ``rows`` prompts together."""
+    found, seq = work(), size.length
+    if price.gradients:
+        found += gradient(shape, rows * price.gradients, seq, size.outputs)
+        found += work(gradients=ROUNDS * (price.gradients > 1))
+    if price.forwards:  # variants that share a beginning go through in smaller passes
+        at_once = TOKENS_PER_BATCH["cpu"] if price.share == 1 else FULL_PASS
+        first = seq * (1 - price.share)
+        found += forward(shape, rows * price.forwards, seq, first, at_once, size.outputs)
+    return found
 
 
-def affordable(seq):
-    """Gradients that 08_comparison lets a prompt of ``seq`` tokens have on a CPU; see there."""
-    return 30_000 // seq
+def methods_work(shape: Shape, size: Size, methods: Iterable[str], rows: int = 1) -> np.ndarray:
+    """The ``work`` of some methods on ``rows`` prompts of one size, as the methods' records say.
+
+    A method that the budget leaves out takes nothing.
+    """
+    readers: dict[str, list[str]] = {}
+    for name in sorted(methods):
+        readers.setdefault(METHODS[name].reads or name, []).append(name)
+    found = work()
+    for names in readers.values():  # those who read one pass; relevance goes back by itself
+        record = METHODS[names[0]]
+        options = record.options(size.units, size.tokens, BUDGET)
+        if options is not None:
+            times = 1.5 if "relevance" in names and len(names) > 1 else 1.0
+            price = record.price(size.units, size.tokens, options)
+            found += times * priced(shape, price, size, rows)
+    return found
 
 
-def method_work(shape, seq, method):
-    """The ``Work`` of one method on a prompt of ``seq`` tokens, as 08_comparison asks for it."""
-    if method in ("saliency", "gradient_x_input", "relevance"):
-        return gradient(shape, 1, seq)
-    if method in ("attention", "attention_rollout"):
-        return forward(shape, 1, seq)
-    if method == "alti_logit":
-        vectors = shape.layers * seq * seq * shape.width  # one from each position to each
-        mixing = Work(2 * shape.heads * vectors, bytes=6 * 4 * vectors)
-        return forward(shape, 1, seq) + mixing
-    if method == "integrated_gradients":
-        rows = min(GRADIENTS, max(33, min(2000, affordable(seq))))
-        work = gradient(shape, rows, seq)
-        return Work(work.flops, gradients=work.gradients + ROUNDS)
-    if method == "occlusion":
-        rows = [forward(shape, 1, seq, first) for first in range(seq)]
-        flops = sum(row.flops for row in rows)
-        passes = math.ceil(seq * (seq + 1) / 2 / FULL_PASS)
-        return forward(shape, 1, seq) + Work(flops, forwards=passes)
-    if method == "shapley":
-        orders = 2 * max(2, min(10, affordable(seq) // 8 // seq))
-        if 2**seq <= orders * (seq - 1) + 2:
-            sizes = {size: math.comb(seq, size) for size in range(seq + 1)}
-        else:
-            sizes = {size: _distinct(seq, size, orders) for size in range(seq + 1)}
-        return _replaced(shape, seq, sizes)
-    return Work()
+def report_work(shape: Shape, size: Size, methods: Iterable[str] = ()) -> np.ndarray:
+    """The ``work`` of 08_comparison on a prompt; no methods are all of them.
 
-
-def report_work(shape, seq, methods=()):
-    """The ``Work`` of 08_comparison on a prompt of ``seq`` tokens; no methods are all of them."""
-    chosen = methods or {
-        name for name in METHODS if name != "shapley" or affordable(seq) >= 4 * seq
-    }
-    work = (forward(shape, 1, seq) + answer(shape, 1)) * 4  # the question, and what is shown of it
-    work += forward(shape, seq, seq) + answer(shape, seq)  # occlusion by hand
-    for method in sorted(chosen):
-        work += method_work(shape, seq, method)
-    return work + _erasure(shape, seq, len(chosen))
-
-
-def _erasure(shape, seq, methods):
-    """Deletion and insertion, in the order of each method and in random ones."""
-    orders = methods + (20 if seq <= 12 else 10)
-    steps = min(seq, max(2, 330 // seq))
-    counts = np.linspace(0, seq, steps + 1).round().astype(int).tolist()
-    drawn = Counter(counts) + Counter(seq - count for count in counts)
-    sizes = {size: _distinct(seq, size, times * orders) for size, times in drawn.items()}
-    return _replaced(shape, seq, sizes, whole_vocabulary=True)
+    Its own part: the question and what is shown of it, occlusion by hand, and the erasure of units
+    in the order of each method and in random ones.
+    """
+    methods = list(methods or METHODS)
+    orders = len(methods) + (20 if size.units <= 12 else 10)
+    steps = min(size.units, max(2, 330 // size.units))
+    drawn, there_are = 2 * orders * (steps - 1) + 3, 2.0 ** min(size.units, 60)
+    variants = -there_are * math.expm1(-drawn / there_are)  # those that are drawn twice run once
+    own = priced(shape, Price(forwards=5 + size.units), size)
+    own += priced(shape, Price(forwards=variants, share=ERASED), size)
+    return own + methods_work(shape, size, methods)
 
 
 # --- time --------------------------------------------------------------------------------------
 
 
-def _seconds_of_reports(plan, shape, machine, tokens, kinds, out):
-    """Seconds of each report [jobs], and what they rest on."""
-    known = {}
-    each = np.zeros(len(tokens))
-    pairs, place = np.unique(np.stack([kinds, tokens], axis=1), axis=0, return_inverse=True)
-    for index, (kind, seq) in enumerate(pairs.tolist()):
+def _seconds_of_jobs(plan, shape, machine, left, corrections):
+    """Seconds of each job that is left: of its report, or of its share of a batch of one size."""
+
+    @cache
+    def of(kind, size, count):
         notebook, methods = plan.asked[kind]
-        planned = _report_seconds(shape, machine, seq, methods)
-        if notebook not in known:
-            known[notebook] = _correction(plan, shape, machine, notebook, out)
-        each[place.ravel() == index] = planned * known[notebook][0]
-    if not len(tokens):
-        return each, ""
-    basis = [_machine_in_words(machine)]
-    for notebook, (factor, reports) in sorted(known.items()):
+        if notebook in corrections:
+            return _report_seconds(shape, machine, size, methods) * corrections[notebook][0]
+        together = methods_work(shape, size, methods or DEFAULT_METHODS, count)
+        return machine.seconds(together, shape) / count
+
+    facts = np.stack([plan.kinds, plan.tokens, plan.units, plan.outputs])[:, left]
+    each = [np.zeros(0)]
+    for start in range(0, facts.shape[1], WINDOW):  # as many as are sorted by length together
+        alike, place, counts = np.unique(
+            facts[:, start : start + WINDOW], axis=1, return_inverse=True, return_counts=True
+        )
+        columns = zip(alike.T.tolist(), counts.tolist(), strict=True)
+        taken = [of(kind, Size(*size), count) for (kind, *size), count in columns]
+        each.append(np.array(taken)[place.ravel()])
+    return np.concatenate(each)
+
+
+def _basis(machine, corrections):
+    """What the seconds rest on, in words."""
+    basis = [
+        f"the methods' rows by token counts, and this machine's {machine.flops / 1e9:,.0f} GFLOP/s "
+        f"and {machine.bandwidth / 1e9:,.1f} GB/s a worker, measured now."
+    ]
+    for notebook, (factor, reports) in sorted(corrections.items()):
         if reports:
             basis.append(
                 f"Times {factor:.2f} for {notebook}, by what {_count(reports, 'report')} of it "
@@ -420,11 +383,12 @@ def _seconds_of_reports(plan, shape, machine, tokens, kinds, out):
                 f"{notebook} is counted as {DEFAULT_NOTEBOOK}, until {ENOUGH} of its reports are "
                 "finished."
             )
-    return each, " ".join(basis)
+    return " ".join(basis)
 
 
-def _report_seconds(shape, machine, seq, methods):
-    return FIXED[0] + FIXED[1] * seq + machine.seconds(report_work(shape, seq, methods), shape)
+def _report_seconds(shape, machine, size, methods):
+    took = machine.seconds(report_work(shape, size, methods), shape)
+    return FIXED[0] + FIXED[1] * size.units + took
 
 
 def _correction(plan, shape, machine, notebook, out):
@@ -437,11 +401,12 @@ def _correction(plan, shape, machine, notebook, out):
             alike = facts["notebook"] == notebook and facts["model"] == public_name(plan.model)
             if not alike or facts["error"] is not None:
                 continue
-            seq, seconds = int(facts["tokens"]), float(facts["seconds"])
+            tokens, seconds = int(facts["tokens"]), float(facts["seconds"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
         took, count = took + seconds, count + 1
-        planned += _report_seconds(shape, machine, seq, _methods_of(file.parent))
+        size = Size(tokens, tokens)
+        planned += _report_seconds(shape, machine, size, _methods_of(file.parent))
     return (took / planned, count) if count >= ENOUGH else (1.0, 0)
 
 
@@ -449,53 +414,9 @@ def _methods_of(folder):
     """The methods that a report has evidence of; none where it is another notebook's."""
     try:
         with (folder / "evidence.csv").open(encoding="utf-8", newline="") as stream:
-            return frozenset(row["method"] for row in csv.DictReader(stream))
+            return {row["method"] for row in csv.DictReader(stream)} & set(METHODS)
     except (OSError, KeyError, ValueError, csv.Error):
-        return frozenset()
-
-
-def _seconds_of_scores(plan, shape, machine, tokens, kinds):
-    """Seconds of each prompt [jobs] when prompts of one length go through the model together."""
-    each = np.zeros(len(tokens))
-    for start in range(0, len(tokens), WINDOW):
-        some = np.stack([kinds[start : start + WINDOW], tokens[start : start + WINDOW]], axis=1)
-        pairs, place, counts = np.unique(some, axis=0, return_inverse=True, return_counts=True)
-        for index, (kind, seq) in enumerate(pairs.tolist()):
-            methods = plan.asked[kind][1] or frozenset(DEFAULT_METHODS)
-            rows = int(counts[index])
-            seconds = machine.seconds(scores_work(shape, rows, seq, methods), shape) / rows
-            each[start : start + WINDOW][place.ravel() == index] = seconds
-    return each, _machine_in_words(machine) if len(tokens) else ""
-
-
-def scores_work(shape, rows, seq, methods):
-    """The ``Work`` of attributing ``rows`` prompts of ``seq`` tokens together."""
-    methods, work = set(methods), Work()
-    if methods >= {"saliency", "gradient_x_input"}:
-        methods.remove("saliency")  # they read the same gradient
-    if "relevance" in methods and methods & {"saliency", "gradient_x_input"}:
-        methods.remove("relevance")
-        work += gradient(shape, rows, seq) * 0.5  # one more way back through the same pass
-    for method in sorted(methods):
-        if method in ("saliency", "gradient_x_input", "relevance"):
-            work += gradient(shape, rows, seq)
-        elif method in ("attention", "attention_rollout"):
-            work += forward(shape, rows, seq)
-        elif method == "occlusion":
-            work += forward(shape, rows, seq)
-            for first in range(seq):
-                work += forward(shape, rows, seq, first)
-        else:
-            work += method_work(shape, seq, method) * rows
-    passes = max(1, work.forwards + work.gradients)
-    return work + answer(shape, rows, min(passes, _passes(rows, seq, TOKENS_PER_BATCH["cpu"])))
-
-
-def _machine_in_words(machine):
-    return (
-        f"the methods' rows by token counts, and this machine's {machine.flops / 1e9:,.0f} GFLOP/s "
-        f"and {machine.bandwidth / 1e9:,.1f} GB/s a worker, measured now."
-    )
+        return set()
 
 
 # --- memory and disk ---------------------------------------------------------------------------
@@ -506,23 +427,26 @@ def _memory(plan, shape, tokens, kinds, scores_only, workers):
     per_token = gradient_bytes(SimpleNamespace(config=_config(plan.model)))
     most = 0
     for kind, (_, methods) in enumerate(plan.asked):
-        seqs = tokens[kinds == kind]
-        if not len(seqs):
-            continue
-        seqs = np.unique(seqs).astype(np.int64)
-        full = scores_only or not methods or "integrated_gradients" in methods
-        rows = np.maximum(1, TOKENS_PER_BATCH["cpu"] // seqs) if full else 1
-        most = max(most, int((rows * seqs).max()))
+        seqs = np.unique(tokens[kinds == kind]).astype(np.int64)
+        many = scores_only or not methods or any(_many_gradients(name) for name in methods)
+        rows = np.maximum(1, TOKENS_PER_BATCH["cpu"] // seqs) if many else 1
+        most = max(most, int((rows * seqs).max(initial=0)))
     weights = _parameters(plan.model) * shape.itemsize
     return PROCESS + workers * (PROCESS + weights + most * per_token)
 
 
-def _disk(plan, tokens, kinds, scores_only):
-    tokens = tokens.astype(float)
+def _many_gradients(name):
+    """Whether a method asks for the gradients of many rows together."""
+    options = METHODS[name].options(8, 8, BUDGET)
+    return options is not None and METHODS[name].price(8, 8, options).gradients > 1
+
+
+def _disk(plan, left, scores_only):
+    units = plan.units[left].astype(float)
     if not scores_only:
-        return int((DISK[0] + DISK[1] * tokens).sum())
+        return int((DISK[0] + DISK[1] * units).sum())
     methods = np.array([len(methods or DEFAULT_METHODS) for _, methods in plan.asked])
-    return int(SCORE * (tokens * methods[kinds]).sum())
+    return int(SCORE * (units * methods[plan.kinds[left]]).sum())
 
 
 def _parameters(model):

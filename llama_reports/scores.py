@@ -7,96 +7,74 @@ writes the same names. docs/scores.md describes the tables, column by column.
 
 import hashlib
 import io
+import json
+import math
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from helpers.attribution import METHODS
-from helpers.attribution.batches import ask_many, attribute_many, completed
+from helpers.attribution import BUDGET, METHODS, attribute_all
 from helpers.errors import InputError
 from helpers.models import BUNDLED, load_model, public_name, weights_digest
 from helpers.provenance import code_version
-from helpers.questions import Question
+from helpers.questions import ANSWER, Question, read_question, with_answer
 from llama_reports.files import write_whole
+from llama_reports.jobs import Job
 
 DEFAULT_METHODS = ("relevance", "saliency", "gradient_x_input", "random")
 PART = 512  # prompts: some ten thousand scores a method and file, and little lost by a kill
 WINDOW = 8 * PART  # prompts sorted by length together, so that a part holds few lengths
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 VERSION_KEY = b"llama_notebooks.scores_version"
 
 
-def _schema(**columns):
-    """Columns of one table; those named with a type in a list may be null."""
-    fields = [
-        pa.field(name, kind[0] if isinstance(kind, list) else kind, isinstance(kind, list))
-        for name, kind in columns.items()
-    ]
+def _schema(columns: str) -> pa.Schema:
+    """Columns ``name:type`` of one table; ``?`` says that they may be null, an s that they list."""
+    fields = []
+    for column in columns.split():
+        name, kind = column.split(":")
+        of = kind.removesuffix("?")
+        found = pa.type_for_alias(of.removesuffix("s"))
+        fields.append(pa.field(name, pa.list_(found) if of.endswith("s") else found, kind != of))
     return pa.schema(fields, metadata={VERSION_KEY: SCHEMA_VERSION})
 
 
 SCORES = _schema(
-    id=pa.string(),
-    position=pa.int32(),
-    token=pa.string(),
-    token_id=pa.int32(),
-    score=pa.float32(),
-    error=[pa.float32()],
+    "id:string output:int32? unit:int32 part:string label:string start:int32 end:int32 "
+    "score:float error:float?"
 )
 EVIDENCE = _schema(
-    id=pa.string(),
-    target_id=pa.int32(),
-    foil_id=[pa.int32()],
-    gap=[pa.float64()],
-    closed=[pa.bool_()],
-    largest_error=[pa.float32()],
-    evaluations=pa.int32(),
-    forwards=pa.int32(),
-    seconds=pa.float64(),
-    signed=pa.bool_(),
-    strongest=pa.int32(),
-    strongest_loss=[pa.float32()],
-    mean_loss=[pa.float32()],
-    most_loss=[pa.float32()],
+    "id:string outputs:strings? gap:double? closed:bool? largest_error:float? evaluations:int32 "
+    "forwards:int32 seconds:double signed:bool strongest:int32 strongest_loss:float? "
+    "mean_loss:float? most_loss:float?"
 )
 PROMPTS = _schema(
-    id=pa.string(),
-    slug=pa.string(),
-    prompt=pa.string(),
-    chat=pa.bool_(),
-    tokens=pa.int32(),
-    target_id=[pa.int32()],
-    target=[pa.string()],
-    target_given=pa.bool_(),
-    foil_id=[pa.int32()],
-    foil=[pa.string()],
-    top_id=[pa.int32()],
-    top=[pa.string()],
-    top_probability=[pa.float32()],
-    target_probability=[pa.float32()],
-    methods=pa.list_(pa.string()),
-    error=[pa.string()],
-    model=pa.string(),
-    weights_sha256=pa.string(),
-    code_version=pa.string(),
-    dtype=pa.string(),
-    device=pa.string(),
-    attention_implementation=pa.string(),
-    torch=pa.string(),
-    transformers=pa.string(),
+    "id:string slug:string prompt:string messages:string? chat:bool units:string tokens:int32 "
+    "target_ids:int32s? target:string? target_given:bool foil_ids:int32s? foil:string? "
+    "probability:float? top_id:int32? top:string? top_probability:float? notes:strings "
+    "methods:strings left_out:strings error:string? model:string weights_sha256:string "
+    "code_version:string dtype:string device:string attention_implementation:string torch:string "
+    "transformers:string"
 )
 
 
 # --- what is to be done ------------------------------------------------------------------------
 
 
-def chunks(jobs, size=PART, window=WINDOW, done=frozenset()):
+def chunks(
+    jobs: Iterable[Job],
+    size: int = PART,
+    window: int = WINDOW,
+    done: frozenset[str] | set[str] = frozenset(),
+) -> Iterator[list[Job]]:
     """Lists of up to ``size`` jobs from a stream of them, of like length in tokens.
 
     ``window`` jobs are held at a time and sorted by length. ``done`` are the ids to leave out; they
@@ -112,7 +90,7 @@ def chunks(jobs, size=PART, window=WINDOW, done=frozenset()):
                 yield part
 
 
-def finished_ids(out):
+def finished_ids(out: str | Path) -> set[str]:
     """The ids of all prompts that are done in ``out``, those with an error among them: a set.
 
     Raises ``InputError`` if a table there was written by another version of this one.
@@ -133,7 +111,7 @@ def finished_ids(out):
     return found
 
 
-def discard_unfinished(out):
+def discard_unfinished(out: str | Path) -> None:
     """Remove what a killed run left in ``out``: files of parts that have no row in ``prompts``.
 
     Nothing that is finished is touched. Call it before a run, never during one: a part that is
@@ -151,13 +129,23 @@ def discard_unfinished(out):
 # --- doing it ----------------------------------------------------------------------------------
 
 
-def score_part(jobs, out, *, model=BUNDLED, dtype="float32", methods=DEFAULT_METHODS, threads=1):
+def score_part(
+    jobs: Iterable[Job],
+    out: str | Path,
+    *,
+    model: str = BUNDLED,
+    dtype: str = "float32",
+    methods: Sequence[str] = DEFAULT_METHODS,
+    each: bool = False,
+    threads: int = 1,
+) -> dict[str, Any]:
     """Attribute ``jobs`` together and write their part of the tables in ``out``; returns facts.
 
-    A job's own methods, where it names some, go before ``methods``. A prompt that cannot be run
-    gets its row in ``prompts`` with the error, and the others are not held up. The model is loaded
-    at the first call in a process and kept. ``threads`` is the number of torch's threads while
-    inside.
+    A job's own methods, where a job names some, go before ``methods``; a method that ``BUDGET`` is
+    too small for is left out, prompt by prompt. A prompt that cannot be run, or whose scores are
+    not finite, gets its row in ``prompts`` with the error, and the others are not held up.
+    ``each`` adds the scores of every output token by itself. The model is loaded at the first call
+    in a process and kept. ``threads`` is the number of torch's threads while inside.
 
     The facts are plain values: ``part``, ``prompts``, ``failed``, ``tokens`` (those attributed),
     ``bytes`` on disk, and ``seconds`` by what they were spent on.
@@ -168,26 +156,28 @@ def score_part(jobs, out, *, model=BUNDLED, dtype="float32", methods=DEFAULT_MET
     found = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return _score_part(jobs, Path(out), model, dtype, tuple(methods))
+        return _score_part(jobs, Path(out), model, dtype, tuple(methods), each)
     finally:
         torch.set_num_threads(found)
 
 
-def _score_part(jobs, out, model_name, dtype, methods):
+def _score_part(jobs, out, model_name, dtype, methods, each):
     clock = [time.perf_counter()]
     jobs = list({job.identity: job for job in jobs}.values())
     model, tokenizer, origin = _loaded(model_name, dtype)
+    for _ in attribute_all(model, [], methods):  # refuses a method before anything is run
+        pass
     clock.append(time.perf_counter())
     asked = [_ask(model, tokenizer, job) for job in jobs]
     clock.append(time.perf_counter())
-    answers = _answers(model, tokenizer, jobs, asked, methods)
+    answers = _answers(model, jobs, asked, methods, each)
     clock.append(time.perf_counter())
-    tables = _tables(tokenizer, jobs, asked, answers, methods, origin)
+    tables = _tables(tokenizer, jobs, answers, methods, origin)
     name = f"part-{_digest(jobs)}.parquet"
     written = sum(_write(out / folder / name, table) for folder, table in tables)
     clock.append(time.perf_counter())
     spent = [after - before for before, after in pairwise(clock)]
-    done = [question for question in asked if isinstance(question, Question)]
+    done = [answer[0] for answer in answers if not isinstance(answer, Exception)]
     return {
         "part": name,
         "prompts": len(jobs),
@@ -221,11 +211,14 @@ def _digest(jobs):
 
 
 def _ask(model, tokenizer, job):
-    """The question of a job, its target open where none is named, or the error it met."""
-    wanted = {name: job.parameters.get(name) for name in ("target", "foil")}
-    entry = {"prompt": job.prompt, "chat": bool(job.parameters.get("chat")), **wanted}
+    """The question of a job, or the error it met. A target that is not named stays open."""
+    given = job.asked
+    answer = given["answer"]
     try:
-        return ask_many(model, tokenizer, [entry], open_targets=True)[0]
+        question = read_question(tokenizer, **given, model=model)
+        if isinstance(answer, int) and answer:
+            question = with_answer(model, question, ANSWER if answer is True else answer)
+        return question
     except (TypeError, ValueError) as error:  # text that the tokenizer itself chokes on
         return error
 
@@ -234,61 +227,77 @@ def _methods(job, methods):
     return tuple(dict.fromkeys(job.parameters.get("methods") or methods))
 
 
-def _answers(model, tokenizer, jobs, asked, methods):
-    """``Answered`` by place; questions in ``asked`` are completed, or give way to their error."""
-    groups = {}
+def _answers(model, jobs, asked, methods, each):
+    """``(question, {method: Attribution})`` of each job, or the error it met."""
+    groups: dict[tuple[str, ...], list[int]] = {}
     for place, (job, question) in enumerate(zip(jobs, asked, strict=True)):
         if isinstance(question, Question):
             groups.setdefault(_methods(job, methods), []).append(place)
-    answers, errors = {}, {}
+    found: dict[int, Any] = {}
     for wanted, places in groups.items():
-        _attribute_all(model, asked, places, wanted, answers, errors)
-    if errors and not answers:
-        raise next(iter(errors.values()))  # the fault is not a prompt's
-    for place, error in errors.items():
-        asked[place] = error
-    for place, answer in answers.items():
-        if asked[place].target is None:
-            asked[place] = completed(tokenizer, asked[place], answer)
-    return answers
+        _attribute(model, asked, places, wanted, each, found)
+    if found and all(isinstance(answer, Exception) for answer in found.values()):
+        raise next(iter(found.values()))  # the fault is not a prompt's
+    answers = [found.get(place, error) for place, error in enumerate(asked)]
+    return [_checked(answer) for answer in answers]
 
 
-def _attribute_all(model, asked, places, methods, answers, errors):
-    """Put the answers of ``places`` into ``answers``, and what goes wrong into ``errors``.
+def _attribute(model, asked, places, methods, each, found):
+    """Put the answers of ``places`` into ``found``, or what went wrong there.
 
     Where a batch fails it is halved, until what fails stands alone.
     """
+    questions = [asked[place] for place in places]
     try:
-        found = attribute_many(model, [asked[place] for place in places], methods)
-        answers.update(zip(places, found, strict=True))
-    except (InputError, torch.AcceleratorError):  # of the model, or of a device that is lost
+        done = attribute_all(model, questions, methods, each=each, budget=BUDGET)
+        found.update(zip(places, done, strict=True))
+    except torch.AcceleratorError:  # of a device that is lost
         raise
     except Exception as error:
         if len(places) == 1:
-            errors[places[0]] = error.with_traceback(None)  # which holds tensors
+            found[places[0]] = error.with_traceback(None)  # which holds tensors
             return
         half = len(places) // 2
         for some in (places[:half], places[half:]):
-            _attribute_all(model, asked, some, methods, answers, errors)
+            _attribute(model, asked, some, methods, each, found)
+
+
+def _checked(answer):
+    """An answer, or the error that it has no numbers or one that is none."""
+    if isinstance(answer, Exception):
+        return answer
+    question, results = answer
+    if question.target is None:
+        return InputError("The foil is the model's own next token: name the target, too.")
+    numbers = {"the probability": [question.probability]}
+    for name, result in results.items():
+        errors = () if result.errors is None else result.errors
+        numbers[f"the method {name}"] = [*result.scores, *errors, result.gap or 0.0]
+    for what, values in numbers.items():
+        if not all(map(math.isfinite, values)):
+            return InputError(
+                f"Numbers of {what} are not finite: they overflow in the model, so try float32, or "
+                "look at its weights."
+            )
+    return answer
 
 
 # --- the tables --------------------------------------------------------------------------------
 
 
-def _tables(tokenizer, jobs, asked, answers, methods, origin):
+def _tables(tokenizer, jobs, answers, methods, origin):
     """``(folder, table)`` in the order they are written, ``prompts`` last."""
     scores, evidence, prompts = {}, {}, _columns(PROMPTS)
-    for place, (job, question) in enumerate(zip(jobs, asked, strict=True)):
-        answer = answers.get(place) if isinstance(question, Question) else None
-        _append(prompts, _prompt_row(tokenizer, job, question, answer, methods) | origin)
-        if answer is None:
+    for job, answer in zip(jobs, answers, strict=True):
+        _append(prompts, _prompt_row(tokenizer, job, answer, _methods(job, methods)) | origin)
+        if isinstance(answer, Exception):
             continue
-        losses = answer.results["occlusion"].scores if "occlusion" in answer.results else None
-        for method, result in answer.results.items():
-            rows = scores.setdefault(method, _columns(SCORES))
-            _extend_scores(rows, job, question, result)
+        _, results = answer
+        losses = results["occlusion"].scores if "occlusion" in results else None
+        for method, result in results.items():
+            _extend_scores(scores.setdefault(method, _columns(SCORES)), job, result)
             rows = evidence.setdefault(method, _columns(EVIDENCE))
-            _append(rows, _evidence_row(job, question, result, losses))
+            _append(rows, _evidence_row(job, result, losses))
     for method in METHODS:
         if method in scores:
             yield f"scores/method={method}", pa.table(scores[method], SCORES)
@@ -305,23 +314,29 @@ def _append(columns, row):
         values.append(row[name])
 
 
-def _extend_scores(columns, job, question, result):
-    seq = len(question.labels)
-    columns["id"] += [job.identity] * seq
-    columns["position"] += range(seq)
-    columns["token"] += question.labels
-    columns["token_id"] += question.input_ids[0].tolist()
-    columns["score"] += result.scores.tolist()
-    columns["error"] += [None] * seq if result.errors is None else result.errors.tolist()
+def _extend_scores(columns, job, result):
+    """The rows of the total and, where there are several outputs, those of each."""
+    outputs = result.each if len(result.outputs) > 1 else []
+    for output, scores in [(None, result.scores), *enumerate(outputs)]:
+        count = len(result.units)
+        errors = result.errors if output is None else None
+        columns["id"] += [job.identity] * count
+        columns["output"] += [output] * count
+        columns["unit"] += range(count)
+        columns["part"] += [unit.part for unit in result.units]
+        columns["label"] += [unit.label for unit in result.units]
+        columns["start"] += [unit.positions[0] for unit in result.units]
+        columns["end"] += [unit.positions[-1] + 1 for unit in result.units]
+        columns["score"] += scores.tolist()
+        columns["error"] += [None] * count if errors is None else errors.tolist()
 
 
-def _evidence_row(job, question, result, losses):
-    """``losses`` [seq] is what the objective loses by each token, where occlusion was run."""
+def _evidence_row(job, result, losses):
+    """``losses`` [units] is what the objective loses by each unit, where occlusion was run."""
     strongest = int((result.scores if result.signed else result.scores.abs()).argmax())
     return {
         "id": job.identity,
-        "target_id": question.target,
-        "foil_id": question.foil,
+        "outputs": list(result.outputs) if len(result.outputs) > 1 else None,
         "gap": result.gap,
         "closed": result.closed,
         "largest_error": None if result.errors is None else float(result.errors.max()),
@@ -336,25 +351,34 @@ def _evidence_row(job, question, result, losses):
     }
 
 
-def _prompt_row(tokenizer, job, question, answer, methods):
-    failed = answer is None
-    return {
+def _prompt_row(tokenizer, job, answer, methods):
+    messages, given = job.parameters.get("messages"), job.parameters
+    row = dict.fromkeys(PROMPTS.names) | {
         "id": job.identity,
         "slug": _text(job.slug),
         "prompt": _text(job.prompt),
-        "chat": bool(job.parameters.get("chat")),
-        "tokens": job.tokens if failed else len(question.labels),
-        "target_id": None if failed else question.target,
-        "target": None if failed else question.target_label,
-        "target_given": job.parameters.get("target") is not None,
-        "foil_id": None if failed else question.foil,
-        "foil": None if failed else question.foil_label,
-        "top_id": None if failed else answer.top,
-        "top": None if failed else tokenizer.decode([answer.top]),
-        "top_probability": None if failed else answer.top_probability,
-        "target_probability": None if failed else answer.probability,
-        "methods": list(_methods(job, methods)),
-        "error": _told(question) if failed else None,
+        "messages": _text(json.dumps(messages, ensure_ascii=False)) if messages else None,
+        "chat": bool(messages or given.get("chat")),
+        "units": "sources" if given.get("sources") else given.get("units") or "tokens",
+        "target_given": bool(given.get("target") or given.get("answer_text")),
+        "methods": list(methods),
+    }
+    if isinstance(answer, Exception):
+        empty = {"tokens": job.tokens, "notes": [], "left_out": []}
+        return row | empty | {"error": _told(answer)}
+    question, results = answer
+    return row | {
+        "tokens": len(question.labels),
+        "target_ids": list(question.target),
+        "target": question.target_label,
+        "foil_ids": None if question.foil is None else list(question.foil),
+        "foil": question.foil_label,
+        "probability": question.probability,
+        "top_id": question.top,
+        "top": tokenizer.decode([question.top]),
+        "top_probability": question.top_probability,
+        "notes": list(question.notes),
+        "left_out": [name for name in methods if name not in results],
     }
 
 

@@ -1,34 +1,33 @@
 """Estimates: operations counted by hand and by torch, and what a plan takes; no clock is read."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import ask, attribute
-from helpers.attribution import METHODS
-from helpers.attribution.engine import frozen, objective
+from helpers import InputError, ask, attribute
+from helpers.attribution import BUDGET, METHODS, Method, Price
+from helpers.attribution.engine import frozen
 from helpers.faithfulness import against_random
 from llama_reports.estimate import (
     ENOUGH,
     START,
     Machine,
     Shape,
-    Work,
-    affordable,
-    answer,
+    Size,
     estimate,
     forward,
     gradient,
     measure,
-    method_work,
+    methods_work,
     model_shape,
+    priced,
     report_work,
-    scores_work,
+    work,
 )
-from llama_reports.estimate import _erasure as erasure
 from llama_reports.jobs import plan
 
 MACHINE = Machine(flops=1e9, bandwidth=1e9, overhead=1e-4)
@@ -60,11 +59,14 @@ def test_operations_of_the_toy_counted_by_hand(shape):
     gate, up, down = 32 * 64, 32 * 64, 64 * 32
     linear = 2 * 3 * (q + k + v + o + gate + up + down)  # three tokens
     attention = 2 * 2 * 32 * (1 + 2 + 3)  # two products, four heads of eight, what each one sees
-    assert forward(shape, 1, 3) == Work(2 * (linear + attention), forwards=1)
-    assert gradient(shape, 1, 3) == Work(2 * (2 * linear + 3 * attention), gradients=1)
-    one = linear / 3 + 2 * 2 * 32 * 3
-    assert forward(shape, 5, 3, first=2).flops == 5 * 2 * one
-    assert answer(shape, 4).flops == 4 * 2 * 32 * 259
+    head = 2 * 32 * 259
+    assert list(forward(shape, 1, 3)) == list(work(2 * (linear + attention) + head, forwards=1))
+    back = 2 * (2 * linear + 3 * attention) + 2 * head
+    assert list(gradient(shape, 1, 3)) == list(work(back, gradients=1))
+    one = 2 * (linear / 3 + 2 * 2 * 32 * 3)
+    assert forward(shape, 5, 3, first=2)[0] == 5 * (one + head)
+    assert forward(shape, 5, 3, first=2, outputs=4)[0] == 5 * (one + 4 * head)
+    assert forward(shape, 5, 3, at_once=6)[1] == 3  # two rows of three tokens a pass
 
 
 def counted(run):
@@ -74,40 +76,64 @@ def counted(run):
 
 
 def test_operations_of_a_pass_are_those_that_torch_counts(tiny, shape):
-    model, tokenizer = tiny
-    question = ask(model, tokenizer, "Seventeen tokens.", target="a")
+    model, _ = tiny
     rows = torch.randn(5, 17, 32)
+
+    def logits():
+        return model(inputs_embeds=rows, use_cache=False, logits_to_keep=1).logits
+
     found = model.config._attn_implementation
     model.set_attn_implementation("eager")  # whose products are there to be counted
     try:
         with torch.no_grad():
-            passes = counted(lambda: objective(model, rows, question))
+            passes = counted(logits)
         with frozen(model):
             rows.requires_grad_(True)  # backward(), since the counter cannot follow autograd.grad
-            both = counted(lambda: objective(model, rows, question).sum().backward())
+            both = counted(lambda: logits().sum().backward())
     finally:
         model.set_attn_implementation(found)
     unseen = 5 * 2 * 4 * 32 * (17 * 17 - 17 * 18 // 2)  # eager computes what no token sees, too
-    head = answer(shape, 5).flops
-    assert passes == forward(shape, 5, 17).flops + unseen + head
-    assert both == gradient(shape, 5, 17).flops + 3 * unseen + 2 * head
+    assert passes == forward(shape, 5, 17)[0] + unseen
+    assert both == gradient(shape, 5, 17)[0] + 3 * unseen
 
 
-@pytest.mark.parametrize(
-    "method, length",
-    [("attention", 9), ("occlusion", 9), ("occlusion", 40), ("shapley", 4), ("shapley", 30)],
-)
+@pytest.mark.parametrize("length", [4, 9, 40])
+@pytest.mark.parametrize("method", ["attention", "attention_rollout", "occlusion", "shapley"])
 def test_operations_of_a_method_are_about_those_that_torch_counts(tiny, shape, method, length):
     model, tokenizer = tiny
     question = ask(model, tokenizer, "a" * length, target="b")
-    orders = 2 * max(2, min(10, affordable(length) // 8 // length))
-    options = {"permutations": orders} if method == "shapley" else {}
-    real = counted(lambda: attribute(model, question, method, **options))
+    real = counted(lambda: attribute(model, question, method, budget=BUDGET))
     # the last of the toy's two layers is cut short, which a real model hardly notices
-    assert 0.5 < real / method_work(shape, length, method).flops < 1.3
+    assert 0.5 < real / methods_work(shape, Size(length, length), [method])[0] < 1.3
 
 
-@pytest.mark.parametrize("length", [4, 12, 30])
+@pytest.mark.parametrize("length", [4, 9, 40, 150])
+def test_rows_of_every_method_are_about_those_that_are_run(tiny, length):
+    model, tokenizer = tiny
+    question = ask(model, tokenizer, "ab" * (length // 2) + "c" * (length % 2), target="b")
+    for name, method in METHODS.items():
+        options = method.options(length, length, BUDGET)
+        if options is None:
+            with pytest.raises(InputError, match="budget"):
+                attribute(model, question, name, budget=BUDGET)
+            continue
+        price = method.price(length, length, options)
+        result = attribute(model, question, name, budget=BUDGET)
+        if name == "integrated_gradients":  # how many it takes is known only afterwards
+            assert result.evaluations <= options["max_evaluations"] >= price.gradients
+            continue
+        assert result.evaluations == price.gradients
+        assert 0.75 * price.forwards <= result.forwards <= price.forwards
+
+
+def test_units_and_outputs_are_priced(shape):
+    tokens, words = (methods_work(shape, Size(60, n), ["occlusion"])[0] for n in (60, 12))
+    assert 3 < tokens / words < 6
+    one, many = (methods_work(shape, Size(60, 60, n), ["relevance"])[0] for n in (1, 40))
+    assert many > 1.5 * one
+
+
+@pytest.mark.parametrize("length", [4, 12, 30, 75])
 def test_operations_of_the_erasure_test_are_about_those_that_torch_counts(tiny, shape, length):
     model, tokenizer = tiny
     question = ask(model, tokenizer, "x" + "ab" * length, target="b")
@@ -115,22 +141,46 @@ def test_operations_of_the_erasure_test_are_about_those_that_torch_counts(tiny, 
     results = {name: attribute(model, question, "random", seed=i) for i, name in enumerate("abc")}
     count, steps = (20 if seq <= 12 else 10), min(seq, max(2, 330 // seq))
     real = counted(lambda: against_random(model, question, results, count=count, steps=steps))
-    assert 0.7 < real / erasure(shape, seq, 3).flops < 1.3
+    size, keys = Size(seq, seq), 2 * 32 * 32  # of the last layer all positions have no more
+    cut = replace(shape, layers=1 + keys / shape.layer_weights)
+    own = report_work(cut, size, ["random"] * 3) - priced(cut, Price(forwards=5 + seq), size)
+    assert 0.7 < real / own[0] < 1.3
 
 
 def test_every_method_has_a_cost_and_only_the_control_has_none(shape):
     for name in METHODS:
-        short, long = (method_work(shape, seq, name).flops for seq in (10, 100))
+        short, long = (methods_work(shape, Size(seq, seq), [name])[0] for seq in (10, 80))
         assert (short == long == 0) if name == "random" else 0 < short < long
 
 
+def test_a_method_of_another_package_costs_what_its_record_says(shape, monkeypatch):
+    def options(units, tokens, budget):
+        return {"rows": budget // tokens} if units < 100 else None
+
+    record = Method("theirs", None, lambda u, t, o: Price(forwards=o["rows"]), options=options)
+    monkeypatch.setitem(METHODS._found, "theirs", record)
+    found = methods_work(shape, Size(50, 50), ["theirs"])
+    assert list(found) == list(forward(shape, BUDGET // 50, 50))
+    assert not methods_work(shape, Size(100, 100), ["theirs"]).any()
+    assert (report_work(shape, Size(50, 50))[0] - found[0]) > 0
+
+
 def test_together_is_never_more_than_one_by_one(shape):
-    methods = {"relevance", "saliency", "gradient_x_input", "occlusion"}
-    alone = sum(MACHINE.seconds(scores_work(shape, 1, 9, methods), shape) for _ in range(50))
-    assert MACHINE.seconds(scores_work(shape, 50, 9, methods), shape) < alone / 2
-    assert scores_work(shape, 1, 9, {"saliency"}) == scores_work(
-        shape, 1, 9, {"saliency", "gradient_x_input"}
+    methods, size = {"relevance", "saliency", "gradient_x_input"}, Size(9, 9)
+    alone = sum(MACHINE.seconds(methods_work(shape, size, methods), shape) for _ in range(50))
+    assert MACHINE.seconds(methods_work(shape, size, methods, 50), shape) < alone / 2
+    methods.add("occlusion")  # of which a prompt's own variants fill a pass
+    alone = sum(MACHINE.seconds(methods_work(shape, size, methods), shape) for _ in range(50))
+    assert MACHINE.seconds(methods_work(shape, size, methods, 50), shape) < alone
+    one, both, three = (
+        methods_work(shape, size, some)[0]
+        for some in (
+            {"saliency"},
+            {"saliency", "gradient_x_input"},
+            {"saliency", "gradient_x_input", "relevance"},
+        )
     )
+    assert one == both and three == 1.5 * one
 
 
 # --- plans -------------------------------------------------------------------------------------
@@ -152,8 +202,8 @@ def test_more_and_longer_prompts_take_more(planned):
 
 def test_a_machine_of_half_the_speed_takes_twice_the_time_of_the_model(shape):
     slow = Machine(MACHINE.flops / 2, MACHINE.bandwidth / 2, MACHINE.overhead * 2)
-    work = report_work(shape, 9)
-    assert slow.seconds(work, shape) == pytest.approx(2 * MACHINE.seconds(work, shape))
+    asked = report_work(shape, Size(9, 9))
+    assert slow.seconds(asked, shape) == pytest.approx(2 * MACHINE.seconds(asked, shape))
 
 
 def test_scores_alone_take_less_than_reports(planned):

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import duckdb
@@ -17,9 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from helpers import InputError, ask, attribute
+from helpers import METHODS, InputError, ask, attribute, tiny_llama
+from helpers.attribution import BUDGET
 from helpers.ground_truth import FAMILIES, cases
 from llama_reports import scores as module
+from llama_reports.jobs import Job
 from llama_reports.scores import (
     DEFAULT_METHODS,
     EVIDENCE,
@@ -36,32 +38,32 @@ WORDS = ["The", "keys", "to", "the", "old", "cabinet", "are", "in", "Riga", "not
 ODD = "tab\tnul\x00 line\r\nquote'\" 你好 🙂 مرحبا NA \N{REPLACEMENT CHARACTER}"
 
 
-@dataclass(frozen=True)
-class Job:
-    """What score_part reads of a job of llama_reports.jobs."""
-
-    identity: str
-    prompt: str
-    parameters: dict = field(default_factory=dict)
-    slug: str = ""
-    tokens: int = 0
-
-
-def job(prompt, tokens=None, **parameters):
-    identity = hashlib.sha256(repr((prompt, parameters)).encode()).hexdigest()
-    return Job(identity, prompt, parameters, tokens=len(prompt) if tokens is None else tokens)
+def job(prompt, tokens=None, slug="", identity=None, **parameters):
+    asked = {"messages" if isinstance(prompt, list) else "prompt": prompt, **parameters}
+    identity = identity or hashlib.sha256(repr(asked).encode()).hexdigest()
+    tokens = len(prompt) if tokens is None else tokens
+    return Job(slug, str(prompt), Path("quick.ipynb"), asked, identity, identity, tokens)
 
 
 def some_jobs(count):
-    """Prompts of several lengths, each of its own id; targets, foils and chat among them."""
-    kinds = [{}, {"target": "a", "foil": "b"}, {"foil": "z"}, {"chat": True}]
+    """Prompts of several lengths, each of its own id: targets, foils, chat, units, answers."""
+    kinds = [
+        {},
+        {"target": "a", "foil": "b"},
+        {"foil": "z"},
+        {"chat": True},
+        {"target": " two"},
+        {"target": "ab", "foil": "ac d"},
+        {"answer": 3, "units": "words"},
+        {"answer_text": "yes", "units": "sentences"},
+    ]
     return [
-        Job(
-            f"{number:064x}",
+        job(
             " ".join(WORDS[number % 5 : number % 5 + 2 + number % 3]) + f" {number % 7}",
-            kinds[number % 4],
-            slug=f"number-{number}",
             tokens=number % 5,
+            slug=f"number-{number}",
+            identity=f"{number:064x}",
+            **kinds[number % 8],
         )
         for number in range(count)
     ]
@@ -72,7 +74,7 @@ def read(out, table):
     found = pd.read_parquet(out / table)
     if "method" in found:
         found["method"] = found["method"].astype(str)
-    keys = [key for key in ("method", "id", "position") if key in found]
+    keys = [key for key in ("method", "id", "output", "unit") if key in found]
     return found.sort_values(keys, ignore_index=True)
 
 
@@ -103,23 +105,35 @@ def test_scores_are_those_of_each_prompt_alone(scored, tiny):
     jobs, out, _ = scored
     scores, prompts = read(out, "scores"), read(out, "prompts").set_index("id")
     evidence = read(out, "evidence").set_index(["method", "id"])
-    assert set(scores["method"]) == {*DEFAULT_METHODS, "occlusion"}
+    assert (
+        set(scores["method"]) == {*DEFAULT_METHODS, "occlusion"} and scores["output"].isna().all()
+    )
     for one in jobs:
-        question = ask(*tiny, one.prompt, **one.parameters)
+        question = ask(*tiny, **one.asked)
         losses = attribute(tiny[0], question, "occlusion").scores
         row = prompts.loc[one.identity]
         assert (row["prompt"], row["slug"]) == (one.prompt, one.slug) and pd.isna(row["error"])
-        assert (row["target_id"], row["target"]) == (question.target, question.target_label)
-        assert row["target_given"] == ("target" in one.parameters)
+        assert (tuple(row["target_ids"]), row["target"]) == (question.target, question.target_label)
+        assert row["target_given"] == bool({"target", "answer_text"} & one.parameters.keys())
         assert row["chat"] == one.parameters.get("chat", False)
-        assert question.foil is None or row["foil_id"] == question.foil
+        assert row["units"] == one.parameters.get("units", "tokens")
+        if question.foil is None:
+            assert pd.isna(row["foil"]) and row["foil_ids"] is None
+        else:
+            assert row["foil"] == question.foil_label
+            assert tuple(row["foil_ids"]) == question.foil
+        assert row["probability"] == pytest.approx(question.probability, rel=1e-4)
+        assert len(row["notes"]) == len(question.notes) and not len(row["left_out"])
         for method in set(scores["method"]):
             mine = scores[(scores["method"] == method) & (scores["id"] == one.identity)]
             single = attribute(tiny[0], question, method)
             largest = float(single.scores.abs().max())
-            assert list(mine["position"]) == list(range(len(question.labels)))
-            assert list(mine["token"]) == question.labels
-            assert list(mine["token_id"]) == question.input_ids[0].tolist()
+            units = question.units
+            assert list(mine["unit"]) == list(range(len(units)))
+            assert list(mine["label"]) == [unit.label for unit in units]
+            assert list(mine["part"]) == [unit.part for unit in units]
+            spans = zip(mine["start"], mine["end"], strict=True)
+            assert list(spans) == [(u.positions[0], u.positions[-1] + 1) for u in units]
             found = torch.tensor(mine["score"].to_numpy())
             assert (found - single.scores).abs().max() <= 1e-4 * largest
             row = evidence.loc[(method, one.identity)]
@@ -129,6 +143,67 @@ def test_scores_are_those_of_each_prompt_alone(scored, tiny):
             assert row["mean_loss"] == pytest.approx(float(losses.mean()), abs=1e-3)
             assert row["most_loss"] == pytest.approx(float(losses.max()), abs=1e-3)
             assert pd.isna(row["gap"]) == (single.gap is None)
+
+
+def test_the_same_prompt_and_budget_give_the_same_numbers_alone_and_in_a_part(
+    tiny_folder, tmp_path, tiny
+):
+    """Every method, at a length where Shapley values are sampled; what they cost is equal, too."""
+    jobs = [job("x" * 39 + end, target="b", foil="c") for end in "yz"]
+    score_part(jobs, tmp_path, model=str(tiny_folder), methods=list(METHODS))
+    scores = read(tmp_path, "scores")
+    evidence = read(tmp_path, "evidence").set_index(["method", "id"])
+    for one in jobs:
+        question = ask(*tiny, **one.asked)
+        assert len(question.units) == 40
+        for method in METHODS:
+            alone = attribute(tiny[0], question, method, budget=BUDGET)
+            mine = scores[(scores["method"] == method) & (scores["id"] == one.identity)]
+            apart = np.abs(mine["score"].to_numpy() - alone.scores.numpy()).max()
+            assert apart <= 1e-4 * float(alone.scores.abs().max()), method
+            row = evidence.loc[(method, one.identity)]
+            costs = row["evaluations"], row["forwards"], row["signed"]
+            assert costs == (alone.evaluations, alone.forwards, alone.signed), method
+    orders = METHODS["shapley"].options(40, 40, BUDGET)["permutations"]
+    assert evidence.loc[("shapley", jobs[0].identity), "forwards"] <= orders * 39 + 3 < 2**40
+
+
+def test_a_method_that_the_budget_is_too_small_for_is_told(tiny_folder, tmp_path):
+    short, long = job("a" * 20), job("a" * 120)
+    score_part([short, long], tmp_path, model=str(tiny_folder), methods=["shapley", "random"])
+    left_out = read(tmp_path, "prompts").set_index("id")["left_out"]
+    assert list(left_out[short.identity]) == [] and list(left_out[long.identity]) == ["shapley"]
+    for table in ("scores", "evidence"):
+        found = read(tmp_path, table).groupby("method")["id"].unique()
+        assert list(found["shapley"]) == [short.identity]
+        assert set(found["random"]) == {short.identity, long.identity}
+
+
+def test_each_output_has_rows_that_add_up_to_the_total(tiny_folder, tmp_path):
+    jobs = [job("Riga is", answer=4), job("Oslo is", target="a"), job("a b", target="cd", foil="e")]
+    score_part(jobs, tmp_path, model=str(tiny_folder), methods=["relevance"], each=True)
+    scores, evidence = read(tmp_path, "scores"), read(tmp_path, "evidence").set_index("id")
+    for one, outputs in zip(jobs, (4, 0, 2), strict=True):
+        mine = scores[scores["id"] == one.identity]
+        total = mine[mine["output"].isna()].set_index("unit")["score"]
+        each = mine.dropna(subset=["output"])
+        assert sorted(each["output"].unique()) == list(range(outputs))
+        named = evidence.loc[one.identity, "outputs"]
+        assert (0 if named is None else len(named)) == outputs
+        if outputs:
+            added = each.groupby("unit")["score"].sum()
+            assert np.abs(added - total).max() <= 1e-4 * np.abs(total).max()
+
+
+def test_messages_are_asked_in_the_template_and_kept_as_json(tiny_folder, tmp_path, tiny):
+    messages = [{"role": "system", "content": "Say “ja”."}, {"role": "user", "content": "Ja?"}]
+    one = job(messages, tokens=5, target="x")
+    score_part([one], tmp_path, model=str(tiny_folder), methods=["saliency"])
+    (row,) = read(tmp_path, "prompts").to_dict("records")
+    assert json.loads(row["messages"]) == messages and row["chat"]
+    question = ask(*tiny, messages, target="x")
+    assert list(read(tmp_path, "scores")["part"]) == question.parts
+    assert {"template", "system", "user"} <= set(question.parts)
 
 
 def test_the_facts_are_those_of_the_files(scored):
@@ -152,7 +227,7 @@ def test_ids_that_are_done_are_left_out_and_new_ones_added(scored, tiny_folder, 
     for part in chunks(jobs[:9], 10, done=finished_ids(tmp_path)):
         score_part(part, tmp_path, model=str(tiny_folder), methods=["random"])
     assert sorted(read(tmp_path, "prompts")["id"]) == sorted(one.identity for one in jobs[:9])
-    assert not read(tmp_path, "scores").duplicated(["method", "id", "position"]).any()
+    assert not read(tmp_path, "scores").duplicated(["method", "id", "unit"]).any()
 
 
 def test_a_job_may_have_methods_of_its_own(tiny_folder, tmp_path):
@@ -177,14 +252,16 @@ def test_neither_threads_nor_anything_else_of_torch_is_left_changed(tiny_folder,
 
 
 def test_a_bad_prompt_has_its_error_and_the_others_their_scores(tiny_folder, tmp_path, tiny):
-    own = ask(*tiny, "Riga is in").target
+    some = (f"Riga {letter}" for letter in "abcdefghijklmnopqrstuvwxyz")
+    open_target = next(text for text in some if ask(*tiny, text).target_label.isascii())
+    own = ask(*tiny, open_target).target_label
     bad = [
         job(" "),
         job("half \ud800"),
-        job("a", target="two"),
+        job("a", target="ab", foil="a"),
         job("a", foil="\udc00"),
         job("a" * 3000),
-        job("Riga is in", foil=own),
+        job(open_target, foil=own),
     ]
     good = [job("Riga is in"), job(ODD)]
     facts = score_part([*bad, *good], tmp_path, model=str(tiny_folder))
@@ -192,7 +269,7 @@ def test_a_bad_prompt_has_its_error_and_the_others_their_scores(tiny_folder, tmp
     prompts = read(tmp_path, "prompts").set_index("id")
     for one in bad:
         assert prompts.loc[one.identity, "error"]
-        assert pd.isna(prompts.loc[one.identity, "target_id"])
+        assert pd.isna(prompts.loc[one.identity, "target"])
     for one in good:
         assert pd.isna(prompts.loc[one.identity, "error"])
         assert prompts.loc[one.identity, "prompt"] == one.prompt
@@ -202,11 +279,12 @@ def test_a_bad_prompt_has_its_error_and_the_others_their_scores(tiny_folder, tmp
 
 def test_one_prompt_that_breaks_a_batch_fails_alone(tiny_folder, tmp_path, tiny):
     jobs = some_jobs(12)
-    poison = ask(*tiny, jobs[5].prompt, **jobs[5].parameters).input_ids
+    poison = ask(*tiny, **jobs[5].asked).input_ids
     model, _, _ = module._loaded(str(tiny_folder), "float32")
 
     def break_on_poison(module, args, ids):
-        if ids.shape[1] == poison.shape[1] and bool((ids == poison).all(dim=1).any()):
+        length = poison.shape[1]
+        if ids.shape[-1] >= length and bool((ids[..., :length] == poison).all(dim=-1).any()):
             raise RuntimeError("poisoned")
 
     embed = model.get_input_embeddings()
@@ -232,10 +310,23 @@ def test_a_fault_of_every_prompt_is_no_fault_of_theirs(tiny_folder, tmp_path):
     handle = model.model.layers[0].register_forward_pre_hook(fail)
     try:
         with pytest.raises(RuntimeError, match="ill"):
-            score_part(some_jobs(3), tmp_path, model=str(tiny_folder))
+            score_part([job("a"), job("bc")], tmp_path, model=str(tiny_folder))
     finally:
         handle.remove()
     assert not list(tmp_path.rglob("*.parquet")) and finished_ids(tmp_path) == set()
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_an_error_of_each_prompt(tiny, tmp_path, number):
+    model, tokenizer = tiny_llama()
+    model.model.layers[1].mlp.down_proj.weight[0, 0] = number
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "broken")
+    facts = score_part([job("ab"), job("cd")], tmp_path, model=str(tmp_path / "broken"))
+    assert (facts["prompts"], facts["failed"]) == (2, 2)
+    prompts = read(tmp_path, "prompts")
+    assert prompts["error"].str.contains("not finite").all()
+    assert not (tmp_path / "scores").exists()
 
 
 def test_a_method_or_a_model_that_will_not_do_is_refused(tiny_folder, tmp_path):
@@ -323,7 +414,7 @@ def test_killed_at_any_moment_the_next_run_ends_as_an_uninterrupted_one(tiny_fol
         names = [sorted(p.relative_to(o) for p in o.rglob("part-*")) for o in (out, outs[5])]
         assert names[0] == names[1]
         same_tables(out, tmp_path / "whole")
-        assert not read(out, "scores").duplicated(["method", "id", "position"]).any()
+        assert not read(out, "scores").duplicated(["method", "id", "unit"]).any()
 
 
 def test_what_a_killed_run_left_is_cleared_and_what_is_finished_kept(scored, tmp_path):
@@ -388,7 +479,7 @@ def test_pandas_polars_and_duckdb_read_the_same_as_documented(scored):
         exec(block, names)
     found = [names["by_pandas"], names["by_polars"].to_pandas(), names["by_duckdb"]]
     tables = [
-        table.astype({"method": str}).sort_values(["method", "token"], ignore_index=True)
+        table.astype({"method": str}).sort_values(["method", "label"], ignore_index=True)
         for table in found
     ]
     assert len(tables[0]) > 5 * 20
@@ -469,7 +560,7 @@ def test_the_command_adds_to_what_is_there_and_two_workers_write_the_same(tmp_pa
     assert two.returncode == 0 and "600 of 600 prompts done" in two.stdout, two.stderr
     found = [
         pd.read_parquet(tmp_path / out / "scores")
-        .sort_values(["id", "method", "position"], ignore_index=True)
+        .sort_values(["id", "method", "unit"], ignore_index=True)
         .assign(method=lambda table: table["method"].astype(str))
         for out in ("one", "two")
     ]
