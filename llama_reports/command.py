@@ -17,7 +17,7 @@ import psutil
 import typer
 from tqdm import tqdm
 
-from helpers.attribution import METHODS
+from helpers.attribution.methods import BUILT_IN
 from helpers.errors import InputError
 from helpers.models import BUNDLED
 from llama_reports.estimate import estimate
@@ -35,6 +35,7 @@ from llama_reports.scores import (
 )
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+NAMES = [method.name for method in BUILT_IN] + ["or one of another package"]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -49,7 +50,7 @@ def main_command(
         str, typer.Option(help="Notebook to run: a name, or a path to an .ipynb file.")
     ] = DEFAULT_NOTEBOOK,
     method: Annotated[
-        list[str] | None, typer.Option(help=f"Only this method (repeatable): {', '.join(METHODS)}.")
+        list[str] | None, typer.Option(help=f"Only this method (repeatable): {', '.join(NAMES)}.")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as saved.")] = "float32",
     workers: Annotated[

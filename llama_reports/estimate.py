@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch.utils.benchmark import Timer
+from tqdm import tqdm
 from transformers import AutoConfig
 
 from helpers.attribution import BUDGET, METHODS, Price
@@ -134,9 +135,10 @@ class Estimate:
         if self.replaced:
             lines.append(f"{self.replaced:,} of another question under the same id: replaced.")
         if self.to_run:
+            memory, disk = (tqdm.format_sizeof(some, "B") for some in (self.memory, self.disk))
             lines.append(
                 f"About {_duration(self.seconds)} with {_count(self.workers, 'worker')}; at most "
-                f"{_size(self.memory)} of memory; {_size(self.disk)} of disk."
+                f"{memory} of memory; {disk} of disk."
             )
             lines.append(f"Basis: {self.basis}")
         return "\n".join(lines)
@@ -327,15 +329,15 @@ def methods_work(shape: Shape, size: Size, methods: Iterable[str], rows: int = 1
 def report_work(shape: Shape, size: Size, methods: Iterable[str] = ()) -> np.ndarray:
     """The ``work`` of 08_comparison on a prompt; no methods are all of them.
 
-    Its own part: the question and what is shown of it, occlusion by hand, and the erasure of units
-    in the order of each method and in random ones.
+    Its own part: the question and what is shown of it, occlusion before all methods, of the target
+    alone too, and the erasure of units in the order of each method and in random ones.
     """
-    methods = list(methods or METHODS)
-    orders = len(methods) + (20 if size.units <= 12 else 10)
-    steps = min(size.units, max(2, 330 // size.units))
-    drawn, there_are = 2 * orders * (steps - 1) + 3, 2.0 ** min(size.units, 60)
+    methods, units = list(methods or METHODS), size.units
+    orders = len(methods) + (20 if units <= 12 else 10)
+    steps = min(units, max(2, 330 // size.tokens))
+    drawn, there_are = 2 * orders * (steps - 1) + 3, 2.0 ** min(units, 60)
     variants = -there_are * math.expm1(-drawn / there_are)  # those that are drawn twice run once
-    own = priced(shape, Price(forwards=5 + size.units), size)
+    own = priced(shape, Price(forwards=6), size) + 2 * methods_work(shape, size, ["occlusion"])
     own += priced(shape, Price(forwards=variants, share=ERASED), size)
     return own + methods_work(shape, size, methods)
 
@@ -471,10 +473,3 @@ def _duration(seconds):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} seconds"
-
-
-def _size(number):
-    for unit, size in (("TB", 1e12), ("GB", 1e9)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number / 1e6:,.0f} MB"

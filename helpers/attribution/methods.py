@@ -136,12 +136,18 @@ class Methods(Mapping[str, Method]):
     def _found(self) -> dict[str, Method]:
         found = {method.name: method for method in BUILT_IN}
         for point in entry_points(group=ENTRY_POINT):
-            method = point.load()
-            if point.name in found or not isinstance(method, Method):
+            try:
+                method = point.load()
+                fault = "is no Method" if not isinstance(method, Method) else ""
+            except Exception as error:  # whatever a stranger's module raises
+                fault = f"cannot be loaded ({type(error).__name__}: {error})"
+            if point.name in found:
+                fault = "is there already"
+            if fault:
+                package = point.dist.name if point.dist else point.value
                 raise InputError(
-                    f"The method {point.name!r} of the package {point.value!r} is "
-                    + ("there already" if point.name in found else "no Method")
-                    + ": uninstall that package, or ask its authors."
+                    f"The method {point.name!r} of the package {package} {fault}: uninstall the "
+                    "package, or ask its authors."
                 )
             found[point.name] = method
         return found
