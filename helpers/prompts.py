@@ -645,7 +645,8 @@ def _unit(prompt, positions):
 def _source_stretches(prompt, sources):
     if isinstance(sources, str) or not sources:
         raise InputError("sources must be a list of passages of the prompt.", field="sources")
-    found = []
+    own = [position for position, part in enumerate(prompt.parts) if part != "template"]
+    begins, found = [_place(prompt, position, False) for position in own], []
     for index, source in enumerate(sources):
         if not isinstance(source, str) or not source.strip():
             raise InputError(f"Source {index} is empty: write its text.", field="sources")
@@ -656,6 +657,11 @@ def _source_stretches(prompt, sources):
             raise InputError(
                 f"Source {index}, {source[:40]!r}, {how} in the prompt: give text that stands "
                 "there once.",
+                field="sources",
+            )
+        if not any(places[0][0] <= begin < places[0][1] for begin in begins):
+            raise InputError(
+                f"Source {index}, {source[:40]!r}, is a part of one token: give whole words.",
                 field="sources",
             )
         found.append((*places[0], index))

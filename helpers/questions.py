@@ -299,7 +299,7 @@ def completed(question: Question, facts: Facts) -> Question:
     tokenizer = question.tokenizer
     if question.target is None:
         question = with_target(question, facts.target)
-    before, count = question.input_ids[0].tolist(), len(question.target)
+    before, count = question.input_ids[0].tolist(), len(facts.target)
     own = facts.own == count or question.greedy  # whose passes may round a tie another way
     notes = list(question.notes)
     if not own and not facts.own:
@@ -310,7 +310,7 @@ def completed(question: Question, facts: Facts) -> Question:
     elif not own:
         notes.append(
             "The target is not the model's own answer, which goes on otherwise after "
-            f"{decoded(tokenizer, question.target[: facts.own], before)!r}."
+            f"{decoded(tokenizer, facts.target[: facts.own], before)!r}."
         )
     for rival, (asked, other) in zip(question.rival, facts.rivals, strict=True):
         if other > asked:

@@ -122,8 +122,10 @@ def attributions(asked: Any, scores: Tensor, **evidence: Any) -> list[Attributio
 
 
 def _output_labels(asked, row):
-    tokenizer, ids = asked.questions[row].tokenizer, asked.targets[row].tolist()
-    return tuple(token_labels(tokenizer, ids) if tokenizer else map(str, ids))
+    question, ids = asked.questions[row], asked.targets[row].tolist()
+    if question.tokenizer is None:
+        return tuple(map(str, ids))
+    return tuple(token_labels(question.tokenizer, ids, question.input_ids[0].tolist()))
 
 
 def _plain(scores):

@@ -311,6 +311,13 @@ def test_sources_that_are_no_passages_are_refused(tiny, sources, said):
     assert error.value.field == "sources"
 
 
+def test_a_source_inside_of_a_token_is_refused():
+    prompt = read_prompt(sentencepiece(), "Latvia is Riga")
+    assert len(prompt_units(prompt, sources=["Riga"])) == 3
+    with pytest.raises(InputError, match="Source 1, 'ga', is a part of one token"):
+        prompt_units(prompt, sources=["Ri", "ga"])
+
+
 def test_unknown_units_are_refused(tiny):
     with pytest.raises(InputError, match="'lines': use tokens, words, sentences, turns"):
         prompt_units(read_prompt(tiny[1], "a b"), "lines")
