@@ -60,7 +60,7 @@ def installed(folder, entry_point):
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    return installed(tmp_path_factory.mktemp("theirs"), 'length = "llama_length:length"')
+    return installed(tmp_path_factory.mktemp("theirs"), "length = llama_length:length")
 
 
 def run(environment, *command):
@@ -138,10 +138,10 @@ def test_a_method_of_another_package_is_in_a_report(theirs, tiny_folder, quick_n
 @pytest.mark.parametrize(
     ("entry_point", "fault"),
     [
-        ('length = "llama_length:absent"', "cannot be loaded"),
-        ('length = "no_such_module:length"', "cannot be loaded"),
-        ('length = "llama_length:broken"', "is no Method"),
-        ('saliency = "llama_length:length"', "is there already"),
+        ("length = llama_length:absent", "cannot be loaded (AttributeError"),
+        ("length = no_such_module:length", "cannot be loaded (ModuleNotFoundError"),
+        ("length = llama_length:broken", "is no Method"),
+        ("saliency = llama_length:length", "is there already"),
     ],
 )
 def test_a_broken_entry_point_is_one_sentence(entry_point, fault, tiny_folder, tmp_path):
