@@ -579,7 +579,7 @@ def working_precision(model: Any, precision: str | None) -> Iterator[None]:
     activation once for the two or three products that it feeds. The residual stream, the norms,
     the rotary angles, attention (whose fused backward pass is slower in half precision on a CPU)
     and the answer's logits stay in float32. Takes half of the model's memory once more. Raises
-    ``InputError`` for a precision that is not known.
+    ``InputError`` for a precision that is not known, and for a model whose attention is its own.
     """
     if precision is None:
         yield
@@ -596,6 +596,9 @@ def working_precision(model: Any, precision: str | None) -> Iterator[None]:
         and module.weight.dtype == torch.float32
         and not module.weight.is_meta  # offloaded to disk or CPU memory
     ]
+    refused = refuses_attending(model) if linears else None
+    if refused is not None:
+        raise InputError(f"The precision {precision} cannot be used. {refused}")
     found = [(linear, linear.weight, linear.bias) for linear in linears]
     hooks: list[Any] = []
     with contextlib.ExitStack() as stack:
@@ -609,7 +612,7 @@ def working_precision(model: Any, precision: str | None) -> Iterator[None]:
                 for layer in model.model.layers:
                     for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                         hooks.append(norm.register_forward_hook(lambda m, a, out: out.to(dtype)))
-            if found and getattr(model.config, "_attn_implementation", None) is not None:
+            if found:
                 stack.enter_context(attending(model, sdpa))
                 stack.callback(_attend_in_float32.reset, _attend_in_float32.set(True))
             yield
@@ -645,6 +648,19 @@ def attending(model: Any, function: Callable) -> Iterator[None]:
     finally:
         model.set_attn_implementation(found)
         _attend.reset(token)
+
+
+def refuses_attending(model: Any) -> str | None:
+    """``None`` for a model that can attend through a function of ours, else why it cannot."""
+    if not hasattr(model, "set_attn_implementation"):
+        return f"The attention of a {type(model).__name__} is its own and cannot be watched."
+    config = getattr(model.config, "get_text_config", lambda: model.config)()
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return (
+            f"The attention of a {type(model).__name__} caps its logits, which torch's fused "
+            "attention does not."
+        )
+    return None
 
 
 def sdpa(

@@ -9,7 +9,7 @@ from typing import Any
 from helpers.attribution.attention import attention, attention_rollout
 from helpers.attribution.control import random
 from helpers.attribution.decomposition import alti_logit
-from helpers.attribution.engine import Asked
+from helpers.attribution.engine import Asked, refuses_attending
 from helpers.attribution.gradients import gradient_x_input, saliency
 from helpers.attribution.path import FIRST_EVALUATIONS, integrated_gradients
 from helpers.attribution.perturbation import occlusion, shapley, takes_all_subsets
@@ -105,8 +105,14 @@ def _occlusion_price(units: int, tokens: int, options: dict) -> Price:
 BUILT_IN = [
     Method("saliency", saliency, _one_gradient, signed=False, reads="gradient"),
     Method("gradient_x_input", gradient_x_input, _one_gradient, reads="gradient"),
-    Method("attention", attention, _one_forward, signed=False),
-    Method("attention_rollout", attention_rollout, _one_forward, signed=False),
+    Method("attention", attention, _one_forward, signed=False, refusal=refuses_attending),
+    Method(
+        "attention_rollout",
+        attention_rollout,
+        _one_forward,
+        signed=False,
+        refusal=refuses_attending,
+    ),
     Method("alti_logit", alti_logit, _one_forward, adds_up=True, refusal=is_llama),
     Method("relevance", relevance, _one_gradient, adds_up=True, refusal=is_llama, reads="gradient"),
     Method(

@@ -348,7 +348,11 @@ def test_a_positive_score_says_that_the_answer_is_less_probable_without_the_toke
         rows = table[question.input_ids].repeat(len(question.labels) + 1, 1, 1)
         rows[range(1, len(rows)), range(len(rows) - 1)] = table.mean(dim=0)
         with torch.inference_mode():
-            odds = model(inputs_embeds=rows).logits[:, -1].softmax(-1)[:, question.target[0]]
+            odds = (
+                model(inputs_embeds=rows, logits_to_keep=1)
+                .logits[:, -1]
+                .softmax(-1)[:, question.target[0]]
+            )
         assert question.probability == pytest.approx(odds[0].item(), rel=1e-3)
         scores = results["occlusion"].scores
         clear = (odds[1:] / odds[0] - 1).abs() > 1e-4
@@ -789,6 +793,13 @@ def test_an_error_of_a_method_itself_is_not_taken_for_a_wrong_option(tiny, monke
     monkeypatch.setitem(METHODS._found, "odd", method)
     with pytest.raises(TypeError, match="inputs_embeds"):
         attribute(tiny[0], a_question(tiny), "odd")
+
+
+def test_a_model_whose_attention_cannot_be_watched_is_refused(linear, tiny):
+    question = ask(linear, tiny[1], PROMPT, target="a")
+    for method in ("attention", "attention_rollout"):
+        with pytest.raises(InputError, match=f"{method} cannot run. .*LinearCausalModel"):
+            attribute(linear, question, method)
 
 
 # --- a method of one's own ---------------------------------------------------------------------

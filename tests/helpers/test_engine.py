@@ -149,6 +149,38 @@ def test_occlusion_holds_for_every_architecture(tiny, name, replacement, shape):
     near(result.scores, torch.tensor(falls))
 
 
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("method", ["attention", "attention_rollout"])
+def test_attention_is_that_of_the_maps_of_any_architecture_or_refused(tiny, name, method):
+    model, eager = toy(name, tiny[1]), toy(name, tiny[1])
+    question = ask(model, tiny[1], PROMPT, target="a", foil="b")
+    if name == "a cap on logits":  # of attention too
+        with pytest.raises(InputError, match="Gemma2ForCausalLM caps its logits"):
+            attribute(model, question, method)
+        return
+    eager.set_attn_implementation("eager")
+    maps = torch.cat(eager(question.input_ids, output_attentions=True).attentions).mean(dim=1)
+    flow = torch.eye(len(PROMPT))
+    for layer in maps:
+        flow = (layer + torch.eye(len(PROMPT))) / 2 @ flow
+    expected = maps[:, -1].mean(dim=0) if method == "attention" else flow[-1]
+    same(attribute(model, question, method).scores, expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_bfloat16_products_come_near_for_any_architecture(tiny, name):
+    model = toy(name, tiny[1])
+    question = ask(model, tiny[1], PROMPT, target="a", foil="b")
+    exact = attribute(model, question, "occlusion").scores
+    if name == "a cap on logits":  # its attention cannot be kept in float32
+        with pytest.raises(InputError, match=r"bfloat16 cannot be used. .*caps its logits"):
+            attribute(model, question, "occlusion", precision="bfloat16")
+    else:
+        half = attribute(model, question, "occlusion", precision="bfloat16").scores
+        assert (half - exact).abs().max() <= 0.2 * exact.abs().max()
+    assert torch.equal(attribute(model, question, "occlusion").scores, exact)
+
+
 # --- only what the answer needs ----------------------------------------------------------------
 
 
