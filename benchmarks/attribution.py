@@ -27,17 +27,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import ask, attribute, load_model
-from helpers.attribution import (
-    baseline_embeds,
-    embed_prompt,
-    last_attention_rows,
-    objective,
-    path_slopes,
-    replaced_values,
-    rows_per_batch,
-)
-from helpers.attribution.engine import answer_only, frozen, gradient_bytes, working_precision
+from helpers.attribution import asking, baseline_embeds, embed_prompt, objective, rows_per_batch
+from helpers.attribution.attention import attention_rows
+from helpers.attribution.engine import gradient_bytes, working_precision
+from helpers.attribution.path import _points as points_of
 from helpers.models import bundled_model
+from helpers.prompts import Unit
 from helpers.questions import Question
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
@@ -53,12 +48,15 @@ TEXT = HERE.parent / "LICENSE"  # long enough, and everybody has it
 
 
 def question_of(model, tokenizer, length):
-    """A question whose prompt is exactly ``length`` tokens: a stretch of the licence."""
+    """A question whose prompt is exactly ``length`` tokens: a stretch of the licence.
+
+    The raw logit is explained, as all peers do.
+    """
     ids = tokenizer(TEXT.read_text(encoding="utf-8"))["input_ids"]
     for start in range(20, 200):
         prompt = tokenizer.decode(ids[start : start + length])
         if tokenizer(prompt)["input_ids"] == ids[start : start + length]:
-            return ask(model, tokenizer, prompt)
+            return ask(model, tokenizer, prompt, objective="logit")
     raise RuntimeError(f"no stretch of {length} tokens that decodes and encodes to itself")
 
 
@@ -78,7 +76,7 @@ def captum_layer(model, tokenizer, question, steps):
     method = LayerIntegratedGradients(lambda ids: model(ids).logits[:, -1], embed)
     ends = torch.full_like(question.input_ids, tokenizer.eos_token_id)
     scores = method.attribute(
-        question.input_ids, baselines=ends, target=question.target, n_steps=steps
+        question.input_ids, baselines=ends, target=question.target[0], n_steps=steps
     )
     return scores.sum(dim=-1)[0].detach()
 
@@ -97,10 +95,9 @@ def captum_llm(model, tokenizer, question, steps):
 def ours(model, tokenizer, question, steps, precision=None, baseline="eos"):
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     alphas, weights = torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
-    with frozen(model), working_precision(model, precision), answer_only(model, question) as answer:
-        start = baseline_embeds(model, question, baseline)
-        _, slopes = path_slopes(model, answer, start, alphas)
-    return weights @ slopes
+    with working_precision(model, precision), asking(model, [question]) as asked:
+        _, slopes = points_of(asked, 0, baseline)(alphas)  # [steps, 1, seq]
+    return weights @ slopes[:, 0]
 
 
 def ours_bfloat16(model, tokenizer, question, steps):
@@ -162,7 +159,7 @@ def spawn(peer, length, steps, inseq=None):
         json.dump(question.input_ids[0].tolist(), ids)
         ids.flush()
         command = [inseq, str(HERE / "peers/inseq_peer.py"), "--model", str(bundled_model())]
-        command += ["--ids-file", ids.name, "--target", str(question.target)]
+        command += ["--ids-file", ids.name, "--target", str(question.target[0])]
         command += ["--steps", str(steps)]
         done = subprocess.run(
             command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -254,13 +251,13 @@ def causality(lengths=(35, 151, 256)):
         each = torch.eye(length, dtype=torch.bool)
         taken = {"plain": [], "shared": []}
         for _ in range(1 if length > 200 else 3):
-            with answer_only(model, question) as answer:
-                with measured() as took:
-                    plain = replaced_plainly(model, answer, each)
-                taken["plain"].append(took.seconds)
-                with measured() as took:
-                    _, shared = replaced_values(model, answer, each)
-                taken["shared"].append(took.seconds)
+            with measured() as took:
+                plain = replaced_plainly(model, question, each)
+            taken["plain"].append(took.seconds)
+            blank, owner = baseline_embeds(model, question), torch.zeros(length, dtype=torch.long)
+            with measured() as took, asking(model, [question]) as asked:
+                shared = asked.erased(owner, each, blank)[:, 0]
+            taken["shared"].append(took.seconds)
         ratios = [p / s for p, s in zip(taken["plain"], taken["shared"], strict=True)]
         apart = (plain - shared).abs().max() / plain.abs().max()
         rows.append(
@@ -275,7 +272,7 @@ def causality(lengths=(35, 151, 256)):
 
 
 def replaced_plainly(model, question, replaced):
-    """``replaced_values`` as one would write it: every variant run whole, in batches."""
+    """``erased`` as one would write it: every variant run whole, in batches."""
     embeds, blank = embed_prompt(model, question), baseline_embeds(model, question)
     values = []
     with torch.inference_mode():
@@ -283,6 +280,12 @@ def replaced_plainly(model, question, replaced):
             rows = torch.where(some[..., None], blank, embeds)
             values.append(objective(model, rows, question))
     return torch.cat(values)
+
+
+def last_attention_rows(model, question):
+    """The weights with which the last position reads, [layers, heads, seq]."""
+    with asking(model, [question]) as asked:
+        return torch.stack([layer[0, :, -1] for layer in attention_rows(asked)])
 
 
 def last_rows(length=8192, compared=1024):
@@ -336,7 +339,9 @@ def on_accelerator(device, shape=LLAMA_3_2_1B, lengths=(35, 151, 512, 2048), ste
     rows = []
     for length in lengths:
         ids = torch.randint(0, shape["vocab_size"], (1, length), device=device)
-        question = Question("random tokens", ids, [""] * length, 1, None, "", None)
+        labels, units = [""] * length, [Unit("", (place,), "prompt") for place in range(length)]
+        question = Question("random tokens", ids, labels, ["prompt"] * length, units, (1,))
+        question = replace(question, probability=0.0, objective="logit")
         tokenizer = SimpleNamespace(pad_token_id=0)
         taken = {"guide": [], "ours": []}
         for round_of in range(4):  # the first warms up

@@ -36,10 +36,8 @@ from helpers.attribution import (
     objective,
     rows_per_batch,
 )
-from helpers.attribution.engine import answer_only, frozen
 from helpers.faithfulness import (
     EVIDENCE,
-    REPLACEMENTS,
     against_random,
     by_method,
     randomisation,
@@ -71,6 +69,7 @@ RANDOM_ORDERS = 5
 SHORTER = {"integrated_gradients": {"max_evaluations": 65}, "shapley": {"permutations": 8}}
 DEPTHS = (1, 5, 15, 30)  # layers re-initialised, from the top
 BEGINNING = "Read this: "
+REPLACEMENTS = ("mean", "eos", "neighbour")  # of erased tokens
 
 
 # --- who is compared ---------------------------------------------------------------------------
@@ -89,7 +88,9 @@ def guides_norm(model, question, n_steps=50):
         end, begin = objective(model, torch.cat([embeds, start]), question)
     scores = per_feature.norm(dim=-1)[0].detach().float()
     gap = completeness_gap(scores, end - begin)
-    return Attribution(scores, gap=gap, evaluations=n_steps, forwards=2, signed=False)
+    return Attribution(
+        scores, question.units, gap=gap, evaluations=n_steps, forwards=2, signed=False
+    )
 
 
 def captums_default(model, question):
@@ -98,11 +99,11 @@ def captums_default(model, question):
 
 
 def first_token(model, question):
-    return Attribution(-torch.arange(float(question.input_ids.shape[1])))
+    return Attribution(-torch.arange(float(len(question.units))), question.units)
 
 
 def last_token(model, question):
-    return Attribution(torch.arange(float(question.input_ids.shape[1])))
+    return Attribution(torch.arange(float(len(question.units))), question.units)
 
 
 RIVALS = {
@@ -125,10 +126,9 @@ def everyone(model, question, seed):
         found[name] = attribute(model, question, name, **options)
     for name, (method, options) in VARIANTS.items():
         found[name] = attribute(model, question, method, **options)
-    with frozen(model), answer_only(model, question) as answer:
-        for name, rival in RIVALS.items():
-            found[name] = rival(model, answer)
-            found[name] = replace(found[name], scores=found[name].scores.cpu(), method=name)
+    for name, rival in RIVALS.items():
+        found[name] = rival(model, question)
+        found[name] = replace(found[name], scores=found[name].scores.cpu(), method=name)
     return found
 
 
@@ -143,7 +143,7 @@ def measure(case, number):
     rows = [*ground_truth(question, other, results), *costs(results)]
     for replacement in REPLACEMENTS if number < REPLACED else ("mean",):
         found = against_random(
-            model, question, results, count=RANDOM_ORDERS, seed=number, baseline=replacement
+            model, question, results, count=RANDOM_ORDERS, seed=number, replacement=replacement
         )
         rows += [
             (name, replacement, what, value)
@@ -206,8 +206,8 @@ def causes(model, question, other, results):
 
 def stability(model, tokenizer, case, question, results):
     """Rank correlation of the scores with those of a run that differs in what should not matter."""
-    ids = question.target, question.foil
-    longer = ask(model, tokenizer, BEGINNING + case.prompt, target=ids[0], foil=ids[1])
+    ids = {"target_ids": question.target, "foil_ids": question.foil}
+    longer = ask(model, tokenizer, BEGINNING + case.prompt, **ids)
     shared = len(question.labels) - 1  # the first token has no space before it
     assert torch.equal(longer.input_ids[0, -shared:], question.input_ids[0, 1:])
     for name in METHODS:
@@ -313,7 +313,7 @@ def with_interval(row):
 
 COLUMNS = {
     "reciprocal rank of the evidence": ("reciprocal_rank", ""),
-    "insertion - deletion, logits": ("faithfulness", "mean"),
+    "insertion - deletion, nats": ("faithfulness", "mean"),
     "the same, from end-of-text": ("faithfulness", "eos"),
     "the same, from the neighbour": ("faithfulness", "neighbour"),
     "names the token that patching finds": ("causal_top1", ""),
@@ -399,7 +399,7 @@ def draw(found):
         some = by_method(found, "faithfulness", replacement=erased).reindex(order)
         dots(axes[1], some, marker, shift, label=f"erased: {erased}")
     axes[1].axvline(0, color="0.3", linestyle=":")
-    axes[1].set(xlabel="insertion less deletion (logits)")
+    axes[1].set(xlabel="insertion minus deletion (nats)")
     axes[1].legend(fontsize=8, loc="lower right")
     cost = 2 * by_method(found, "evaluations")["mean"] + by_method(found, "forwards")["mean"]
     axes[2].barh(range(len(order)), cost[order], color="0.6")

@@ -16,7 +16,6 @@ import torch
 
 from helpers import attribute, load_model
 from helpers.attribution import fixed_step_integrated_gradients
-from helpers.attribution.engine import answer_only
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
 from prompt_sets import questions
@@ -91,8 +90,7 @@ def finer(model, question, evaluations):
 
 
 def captum(model, question, rule, n_steps):
-    with answer_only(model, question) as answer:
-        return row(fixed_step_integrated_gradients(model, answer, n_steps=n_steps, rule=rule))
+    return row(fixed_step_integrated_gradients(model, question, n_steps=n_steps, rule=rule))
 
 
 def evaluations_of(number):

@@ -57,9 +57,10 @@ from helpers import ask, attribute, load_model
 model, tokenizer = load_model(model_name)
 question = ask(model, tokenizer, prompt)
 scores = attribute(model, question, "relevance").scores.tolist()
-table = {"prompt": prompt, "position": range(len(scores)), "token": question.labels}
-table |= {"method": "relevance", "score": scores}
-pd.DataFrame(table).to_csv(f"{output_dir}/scores.csv", index=False)
+table = pd.DataFrame({"unit": range(len(scores)), "label": question.labels, "score": scores})
+table = table.assign(start=table["unit"], end=table["unit"] + 1, part="prompt", error=None)
+table = table.assign(prompt=prompt, method="relevance", output=None)
+table.to_csv(f"{output_dir}/scores.csv", index=False)
 """,
 )
 
@@ -217,7 +218,7 @@ def _finished(out):
 
 def _scores(out):
     scores = pd.read_parquet(Path(out) / "scores.parquet")
-    return scores.sort_values(["slug", "method", "position"], ignore_index=True)
+    return scores.sort_values(["slug", "method", "unit"], ignore_index=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from itertools import zip_longest
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,6 +28,7 @@ from helpers import ask, attribute
 from helpers.ground_truth import FAMILIES, cases
 from helpers.models import BUNDLED
 from llama_reports import scores
+from llama_reports.jobs import Job
 from llama_reports.scores import DEFAULT_METHODS, chunks, score_part
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
@@ -42,31 +42,21 @@ GRADIENTS = {"saliency": 1, "gradient_x_input": 1, "relevance": 1}
 MILLION = 1_000_000
 
 
-@dataclass(frozen=True)
-class Job:
-    """What score_part reads of a job; the reports' own come from a file."""
-
-    identity: str
-    prompt: str
-    parameters: dict
-    tokens: int
-    slug: str = ""
-
-
 def short_jobs(tokenizer, count):
     """Prompts of the reporting half, the families in turns; every other one names its answers."""
     families = [cases(family, "reporting") for family in FAMILIES]
     jobs = {}
     for case in (case for some in zip_longest(*families) for case in some if case):
         tokens = len(tokenizer(case.prompt)["input_ids"])
-        target, foil = (
-            tokenizer(text, add_special_tokens=False)["input_ids"][0]
+        both = [
+            tokenizer(text, add_special_tokens=False)["input_ids"]
             for text in (case.target, case.foil)
-        )
-        if tokens in SHORT and target != foil and case.prompt not in jobs:
-            named = {"target": target, "foil": foil} if len(jobs) % 2 else {}
-            identity = hashlib.sha256(case.prompt.encode()).hexdigest()
-            jobs[case.prompt] = Job(identity, case.prompt, named, tokens)
+        ]
+        if tokens in SHORT and list(map(len, both)) == [1, 1] and case.prompt not in jobs:
+            named = {"target": case.target, "foil": case.foil} if len(jobs) % 2 else {}
+            digest = hashlib.sha256(case.prompt.encode()).hexdigest()
+            asked = {"prompt": case.prompt, **named}
+            jobs[case.prompt] = Job("", case.prompt, Path(), asked, digest, digest, tokens)
         if len(jobs) == count:
             return list(jobs.values())
     raise RuntimeError(f"{len(jobs)} short prompts, and {count} are wanted")
@@ -77,7 +67,7 @@ def one_at_a_time(model, tokenizer, jobs, methods):
     found, spent = {}, dict.fromkeys(("ask", *methods), 0.0)
     for job in jobs:
         began = time.perf_counter()
-        question = ask(model, tokenizer, job.prompt, **job.parameters)
+        question = ask(model, tokenizer, **job.asked)
         spent["ask"] += time.perf_counter() - began
         for method in methods:
             began = time.perf_counter()

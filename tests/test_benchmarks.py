@@ -101,12 +101,12 @@ def test_a_table_replaces_the_one_it_kept_before_and_leaves_the_others(tmp_path,
 
 def test_the_guides_norm_is_the_guides(bundled):
     model, tokenizer = bundled
-    question = ask(model, tokenizer, "The keys to the cabinet")  # the guide explains the top token
+    question = ask(model, tokenizer, "The keys to the cabinet", objective="logit")
     expected, target = guide.compute_integrated_gradients(
         model, tokenizer, question.input_ids, "pad", 4
     )
     found = evidence.guides_norm(model, question, n_steps=4).scores
-    assert target == question.target and tokenizer.pad_token_id == model.config.eos_token_id
+    assert (target,) == question.target and tokenizer.pad_token_id == model.config.eos_token_id
     torch.testing.assert_close(found, expected.norm(dim=-1)[0].float(), rtol=1e-2, atol=1e-3)
 
 
@@ -167,3 +167,16 @@ def test_the_committed_table_covers_every_family_and_method():
     assert set(METHODS) | {evidence.GUIDE, evidence.CAPTUM} <= set(table["method"])
     prompts = table.groupby("family", observed=True)["case"].nunique()
     assert set(prompts.index) == set(FAMILIES) and prompts.sum() >= 200
+
+
+# --- the old code and the new ------------------------------------------------------------------
+
+
+def test_two_checkouts_take_turns_and_their_scores_are_compared():
+    """This checkout against itself: the same scores, and a ratio that can be read."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "old_and_new.py"), str(ROOT)]
+    command += ["--repeats", "1", "--only", "relevance, 6"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| rel")]
+    assert [row[0] for row in rows] == ["| relevance, 6", "| relevance, 6, no foil"]
+    assert all(float(row[3]) > 0 for row in rows) and rows[0][5] == "0e+00 |"
