@@ -351,17 +351,12 @@ def agreement(scores: pd.DataFrame) -> dict[tuple[str, str], dict]:
     scores = scores[scores["output"].isna()].drop_duplicates([*places, "method"])
     prompts = scores.groupby("slug")["prompt"].first()
     wide = scores.pivot(index=places, columns="method", values="score").abs()
-    ranks = wide.groupby(level="slug").rank()
-    methods = list(wide.columns)
-    matrices = {}  # slug: [methods, methods]
-    for slug, block in ranks.groupby(level="slug"):
-        if len(block) >= 3:
-            with np.errstate(invalid="ignore", divide="ignore"):
-                matrices[slug] = np.atleast_2d(np.corrcoef(block.to_numpy(), rowvar=False))
+    each = wide.groupby(level="slug")
+    found = {slug: block.corr("spearman", min_periods=3) for slug, block in each}
     measures = {}
-    for (i, first), (j, second) in combinations(enumerate(methods), 2):
-        values = pd.Series({slug: matrix[i, j] for slug, matrix in matrices.items()}, dtype=float)
-        measures[first, second] = _mean(values, prompts.reindex(values.index))
+    for pair in combinations(wide.columns, 2):
+        values = pd.Series({slug: table.at[pair] for slug, table in found.items()}, dtype=float)
+        measures[pair] = _mean(values, prompts.reindex(values.index))
     return {pair: measure for pair, measure in measures.items() if measure is not None}
 
 

@@ -118,6 +118,7 @@ def is_reserved(name: str) -> bool:
 
 Text = Annotated[str, BeforeValidator(_as_text)]
 ShortText = Annotated[Text, Field(max_length=1000)]
+Method = Annotated[ShortText, AfterValidator(check_method)]
 
 
 class Entry(BaseModel):
@@ -140,12 +141,7 @@ class Entry(BaseModel):
     chat: bool = False
     raw: bool = False
     evidence: ShortText | None = None
-    methods: (
-        Annotated[
-            list[Annotated[ShortText, AfterValidator(check_method)]], BeforeValidator(_as_names)
-        ]
-        | None
-    ) = None
+    methods: Annotated[list[Method], BeforeValidator(_as_names)] | None = None
     notebook: ShortText | None = None
 
     @model_validator(mode="after")
@@ -275,12 +271,7 @@ def read_entries(path: str | Path) -> Iterator[Row]:
     rows = _until_unreadable(path, FORMATS[suffix][1])
     first = next(rows, None)  # so that a file that is none of these is refused at once
     if first is None:
-        example = '- "The capital city of Latvia is"'
-        raise InputError(
-            f"{path} must be a YAML list with at least one prompt, such as:\n{example}"
-            if FORMATS[suffix][0] == "YAML"
-            else f"{path} holds no prompt: write at least one."
-        )
+        raise InputError(f"{path} holds no prompt: write at least one.")
     return itertools.chain([first], rows)
 
 
@@ -356,10 +347,10 @@ def _yaml_problem(error):
 
 def _yaml_entries(path, loader):
     loader.get_event()  # the stream's start
-    if loader.check_event(yaml.StreamEndEvent):
-        return
-    loader.get_event()  # the document's
-    if not loader.check_event(yaml.SequenceStartEvent):
+    empty = loader.check_event(yaml.StreamEndEvent)
+    if not empty:
+        loader.get_event()  # the document's
+    if empty or not loader.check_event(yaml.SequenceStartEvent):
         raise InputError(
             f"{path} must be a YAML list with at least one prompt, such as:\n"
             '- "The capital city of Latvia is"'
