@@ -312,6 +312,8 @@ def completed(question: Question, facts: Facts) -> Question:
             "The target is not the model's own answer, which goes on otherwise after "
             f"{decoded(tokenizer, facts.target[: facts.own], before)!r}."
         )
+    if own and facts.target[0] == tokenizer.eos_token_id:
+        notes.append("The model ends its text at once: its answer is empty.")
     for rival, (asked, other) in zip(question.rival, facts.rivals, strict=True):
         if other > asked:
             notes.append(

@@ -108,6 +108,7 @@ def greedy(model, ids, most, ends):
     return written
 
 
+ENDS = "The model ends its text at once: its answer is empty."
 INSTRUCT = "The model has a chat template and was asked without it"
 OTHER = "not the model's own answer"
 RANK = "not among the model's ten best"
@@ -430,6 +431,12 @@ def test_weak_questions_are_told(bundled):
     notes = " ".join(ask(*bundled, LATVIA, target=" cheese").notes)
     for note in (INSTRUCT, OTHER, RANK, UNDER, "' Rig'"):
         assert note in notes
+
+
+def test_an_end_of_text_at_once_is_told(bundled):
+    question = ask(*bundled, "What is the Capital City of Latvia?")
+    assert question.answer == "" and ENDS in question.notes and INSTRUCT in " ".join(question.notes)
+    assert ENDS not in ask(*bundled, LATVIA).notes
 
 
 def test_nothing_is_told_where_nothing_is_weak(bundled):
