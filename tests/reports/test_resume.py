@@ -128,7 +128,11 @@ def test_a_run_stopped_by_ctrl_c_says_what_it_has(prompts, tmp_path, tiny_folder
     notebook = quick_notebook(f"if {WORDS[0]!r} not in prompt:\n    {endless}")
     given = [sys.executable, "-m", "llama_reports"]
     given += arguments(prompts, out, tiny_folder, notebook)
-    process = subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background
+    try:  # of a shell ignores Ctrl-C, and so would what it starts
+        process = subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, found)
     wait_for(runs.exists, process)
     process.send_signal(signal.SIGINT)
     told, complaints = process.communicate(timeout=PATIENCE)
