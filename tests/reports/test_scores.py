@@ -168,6 +168,32 @@ def test_the_same_prompt_and_budget_give_the_same_numbers_alone_and_in_a_part(
     assert evidence.loc[("shapley", jobs[0].identity), "forwards"] <= orders * 39 + 3 < 2**40
 
 
+def test_a_report_has_the_same_numbers(reports, tiny_folder, hostile, tmp_path):
+    """08_comparison's own table against that of a part: methods, scores, and rows that were run."""
+    out, _ = reports
+    jobs = {"plain": job("The keys to"), "hostile": job(hostile)}
+    score_part(jobs.values(), tmp_path, model=str(tiny_folder), methods=list(METHODS))
+    scores, evidence = read(tmp_path, "scores"), read(tmp_path, "evidence")
+    for slug, one in jobs.items():
+        theirs = pd.read_csv(out / slug / "scores.csv", keep_default_na=False)
+        mine = scores[scores["id"] == one.identity]
+        assert set(mine["method"]) == set(theirs["method"])
+        for method, rows in theirs.groupby("method"):
+            own = mine[mine["method"] == method]["score"].to_numpy()
+            assert np.abs(own - rows["score"]).max() <= 1e-4 * np.abs(own).max(), method
+        costs = ["method", "evaluations", "forwards"]
+        both = [
+            table[costs].sort_values("method", ignore_index=True)
+            for table in (
+                evidence[evidence["id"] == one.identity],
+                pd.read_csv(out / slug / "evidence.csv"),
+            )
+        ]
+        pd.testing.assert_frame_equal(*both, check_dtype=False)
+    left_out = read(tmp_path, "prompts").set_index("id")["left_out"]
+    assert list(left_out[jobs["hostile"].identity]) == ["shapley"]
+
+
 def test_a_method_that_the_budget_is_too_small_for_is_told(tiny_folder, tmp_path):
     short, long = job("a" * 20), job("a" * 120)
     score_part([short, long], tmp_path, model=str(tiny_folder), methods=["shapley", "random"])
