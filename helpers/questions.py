@@ -59,7 +59,7 @@ class Question:
     ``rank``          the place of the target's first token among the next tokens, from 1
     ``objective``     ``"log_probability"``, or ``"logit"`` for the raw logits of the usual code
 
-    ``target`` and what depends on it are ``None`` while a question is open: see ``ask_all``.
+    ``target`` and what depends on it are ``None`` while a question is open: see ``attribute_all``.
     """
 
     prompt: Any
@@ -155,8 +155,6 @@ def ask(
         objective=objective,
         model=model,
     )
-    if answer is True or (isinstance(answer, int) and not isinstance(answer, bool)):
-        question = with_answer(model, question, ANSWER if answer is True else answer)
     return ask_of(model, question)
 
 
@@ -192,11 +190,11 @@ def read_question(
     context: int | None = None,
     vocabulary: int | None = None,
 ) -> Question:
-    """What ``ask`` can say before a model is run: every check that needs none.
+    """What ``ask`` can say before the question is run: every check, and what is to be explained.
 
-    ``model`` tells the longest text it reads and the size of its embedding table; without one,
-    ``context`` and ``vocabulary`` do, and ``None`` checks neither. Without a target the question is
-    open.
+    ``model`` tells the longest text it reads and the size of its embedding table, and writes the
+    answer where its own is asked for; without a model, ``context`` and ``vocabulary`` tell the
+    sizes, and ``None`` checks neither. Without a target the question is open.
     """
     if objective not in OBJECTIVES:
         raise InputError(
@@ -262,6 +260,8 @@ def read_question(
         tokenizer=tokenizer,
         rival=rival,
     )
+    if ids is None and answer and model is not None:
+        return with_answer(model, question, room)
     return question if ids is None else with_target(question, ids)
 
 
@@ -345,20 +345,23 @@ def read_facts(
 
     An open target is the most likely token of the only row.
     """
-    tops = logits.argmax(dim=-1)  # [tokens]
+    best, tops = logits.max(dim=-1)  # [tokens] each
+    whole = logits.logsumexp(dim=-1)  # [tokens]
     ids = tops[:1] if target is None else torch.tensor(list(target), device=logits.device)
     chosen = logits.gather(1, ids[:, None])[:, 0]  # [tokens]
-    logs = chosen - logits.logsumexp(dim=-1)
-    first = (logits[0] - logits[0].logsumexp(dim=-1)).exp()  # [vocab]
-    matches = (logits.amax(dim=-1) == chosen).tolist()
+    matches = (best == chosen).tolist()
+
+    def first(token):
+        return float((logits[0, token] - whole[0]).exp())
+
     return Facts(
         target=tuple(ids.tolist()),
-        probability=float(logs.sum().exp()),
+        probability=float((chosen - whole).sum().exp()),
         top=int(tops[0]),
-        top_probability=float(first[tops[0]]),
+        top_probability=first(tops[0]),
         rank=1 + int((logits[0] > chosen[0]).sum()),
         own=[*matches, False].index(False),
-        rivals=tuple((float(first[some.token]), float(first[some.other])) for some in rivals),
+        rivals=tuple((first(some.token), first(some.other)) for some in rivals),
     )
 
 

@@ -25,7 +25,7 @@ from helpers.attribution import BUDGET, METHODS, attribute_all
 from helpers.errors import InputError
 from helpers.models import BUNDLED, load_model, public_name, weights_digest
 from helpers.provenance import code_version
-from helpers.questions import ANSWER, Question, read_question, with_answer
+from helpers.questions import Question, read_question
 from llama_reports.files import write_whole
 from llama_reports.jobs import Job
 
@@ -212,13 +212,8 @@ def _digest(jobs):
 
 def _ask(model, tokenizer, job):
     """The question of a job, or the error it met. A target that is not named stays open."""
-    given = job.asked
-    answer = given["answer"]
     try:
-        question = read_question(tokenizer, **given, model=model)
-        if isinstance(answer, int) and answer:
-            question = with_answer(model, question, ANSWER if answer is True else answer)
-        return question
+        return read_question(tokenizer, **job.asked, model=model)
     except (TypeError, ValueError) as error:  # text that the tokenizer itself chokes on
         return error
 
@@ -271,8 +266,8 @@ def _checked(answer):
         return InputError("The foil is the model's own next token: name the target, too.")
     numbers = {"the probability": [question.probability]}
     for name, result in results.items():
-        errors = () if result.errors is None else result.errors
-        numbers[f"the method {name}"] = [*result.scores, *errors, result.gap or 0.0]
+        errors = [] if result.errors is None else result.errors.tolist()
+        numbers[f"the method {name}"] = [*result.scores.tolist(), *errors, result.gap or 0.0]
     for what, values in numbers.items():
         if not all(map(math.isfinite, values)):
             return InputError(

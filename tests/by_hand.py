@@ -68,6 +68,13 @@ def blank(model, question, replacement):
     return found
 
 
+def falls(model, question, replacement):
+    """How far the value falls without each unit: [units]."""
+    whole = value(model, question).item()
+    units = range(len(question.units))
+    return torch.tensor([whole - without(model, question, [unit], replacement) for unit in units])
+
+
 def without(model, question, gone, replacement):
     """The value with some units erased, a float; ``remove`` asks the shortened text anew."""
     positions = [position for unit in gone for position in question.units[unit].positions]

@@ -129,8 +129,8 @@ class Asked:
         self.text_of = torch.tensor([o.text for o in first])
         self.positions = torch.tensor([o.position for o in first])
         self.signs = torch.tensor([float(o.sign) for o in first])
-        self.normalised = self.questions[0].objective == "log_probability"
-        self.whole_vocabulary = self.normalised and not bool(self.pairs.all())
+        normalised = self.questions[0].objective == "log_probability"
+        self.whole_vocabulary = normalised and not bool(self.pairs.all())
         self.known = all(question.probability is not None for question in self.questions)
         self.facts: list[Facts] | None = None
         self.found: dict[str, Any] = {}  # what one method leaves for another
@@ -268,13 +268,17 @@ class Asked:
         """[rows, texts, length, …] as [rows, columns, …], added up over the texts."""
         return some[:, :, : self.columns].sum(dim=1)
 
+    def members(self, row: int) -> Tensor:
+        """Which columns each unit of one question holds: BoolTensor [units, columns]."""
+        units = self.units[row]
+        member = torch.zeros(len(units), self.columns, dtype=torch.bool)
+        for index, unit in enumerate(units):
+            member[index, list(unit.positions)] = True
+        return member
+
     def per_unit(self, scores: Tensor, row: int) -> Tensor:
         """Scores of tokens [..., columns] of one question, added up inside its units."""
-        units = self.units[row]
-        member = torch.zeros(len(units), self.columns, dtype=scores.dtype, device=scores.device)
-        for index, unit in enumerate(units):
-            member[index, list(unit.positions)] = 1
-        return scores @ member.T
+        return scores @ self.members(row).to(scores).T
 
     def read_states(self, hidden: Tensor, row: int) -> tuple[Tensor, Tensor]:
         """What each output of question ``row`` reads in its last hidden states [outputs, dim].

@@ -93,12 +93,7 @@ def coalition_values(
     ``kept`` has a BoolTensor [variants, units] for each question. Returns FloatTensors [questions,
     outs] and, for each question, [variants, outs].
     """
-    gone = []
-    for row, some in enumerate(kept):
-        member = torch.zeros(len(asked.units[row]), asked.columns, dtype=torch.bool)
-        for index, unit in enumerate(asked.units[row]):
-            member[index, list(unit.positions)] = True
-        gone.append((~some).float() @ member.float() > 0)
+    gone = [(~some).float() @ asked.members(row).float() > 0 for row, some in enumerate(kept)]
     owner = torch.arange(len(asked)).repeat_interleave(torch.tensor([len(some) for some in gone]))
     masks = torch.cat(gone)
     values = asked.erased(owner, masks, blank(asked, replacement))
