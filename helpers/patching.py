@@ -153,8 +153,10 @@ def patched_objectives(
 
             hooks.append(modules[depth].register_forward_pre_hook(join))
         past = None if cache is None else _shared(cache, first, cells)
-        rows = 2 + len(cells)
-        return asked.values_of_one(pair[:1, None], rows, first, past)[:, 0]
+        places = asked.positions.expand(2 + len(cells), -1) - first
+        options = {} if past is None else {"past_key_values": past, "use_cache": True}
+        read, _ = asked.read(pair[:1, None], places, **options)
+        return asked.values_of(read)[:, 0]
     finally:
         for hook in hooks:
             hook.remove()

@@ -33,13 +33,16 @@ def alti_logit(asked: Asked) -> list[Attribution]:
     scores = torch.zeros(questions, len(asked.positions), length)
     moved = torch.zeros(questions, len(asked.positions))
     for row in range(questions):
-        asked.look(torch.tensor([row]), asked.positions[None], length)
+        asked.look(asked.positions[None], length)
         seen = [_run(asked.model, text[None]) for text in asked.embeds[row]]
-        hidden = [
-            seen[text]["read"][position]
-            for text, position in zip(asked.text_of.tolist(), asked.positions, strict=True)
-        ]
-        directions, moved[row] = asked.read_states(torch.stack(hidden), row)
+        hidden = torch.stack(
+            [
+                seen[text]["read"][position]
+                for text, position in zip(asked.text_of.tolist(), asked.positions, strict=True)
+            ]
+        )  # [outputs, dim]
+        directions = asked.slopes(hidden[None], torch.tensor([row]))[0]
+        moved[row] = (directions.float() * hidden.float()).sum(dim=1)
         for text in range(texts):
             some = (asked.text_of == text).nonzero()[:, 0]
             read = directions[some.to(directions.device)].float()

@@ -22,6 +22,7 @@ from transformers import (
     DynamicCache,
     LlamaForCausalLM,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from helpers.errors import InputError
 from helpers.prompts import Unit
@@ -32,6 +33,7 @@ from helpers.questions import Facts, Question, read_facts
 TOKENS_PER_BATCH = {"cpu": 2048, "other": 16_384}
 FULL_PASS = 256  # tokens in a pass from which a processor is about as fast as it gets
 LOGITS_AT_ONCE = {"cpu": 2**25, "other": 2**28}  # numbers of whole vocabularies in one pass
+ROWS_AT_ONCE = {"cpu": 2048, "other": 16_384}  # of the output layer, so that they stay near
 FINE = ("tokens", "words")  # units so small that a replacement in their place still is a text
 PRECISIONS = {"bfloat16": torch.bfloat16}
 
@@ -84,14 +86,11 @@ def texts_and_outputs(question: Question) -> tuple[list[list[int]], list[Output]
 def shape_of(question: Question) -> tuple:
     """Questions of one shape can be run together."""
     texts, outputs = texts_and_outputs(question)
-    return (
-        question.input_ids.shape[1],
-        tuple(len(text) for text in texts),
-        tuple((o.text, o.position, o.foil >= 0, o.sign) for o in outputs),
-        question.objective,
-        question.foil is None,
-        question.grouping in FINE,
-    )
+    prompt = question.input_ids.shape[1]
+    columns = prompt if question.foil is not None else len(texts[0])
+    places = tuple((o.text, o.position, o.sign) for o in outputs)
+    lengths = tuple(map(len, texts))
+    return prompt, columns, lengths, places, question.objective, question.grouping in FINE
 
 
 class Asked:
@@ -105,32 +104,24 @@ class Asked:
     ``facts``    ``Facts`` a question, once the model has been run
 
     Rows are variants of the texts: [rows, texts, length, dim], of which row i belongs to the
-    question ``owner[i]``.
+    question ``owner[i]``; by default they are one for each question, or several in turn.
     """
 
     def __init__(self, model: Any, questions: Sequence[Question], each: bool = False):
         self.model, self.questions, self.each = model, list(questions), each
-        found = [texts_and_outputs(question) for question in self.questions]
-        texts = [texts for texts, _ in found]
-        self.outputs = [outputs for _, outputs in found]
-        first = self.outputs[0]
-        length = max(len(text) for text in texts[0])
+        texts, outputs = zip(*map(texts_and_outputs, self.questions), strict=True)
+        length = max(map(len, texts[0]))
         table = model.get_input_embeddings()
-        device = table.weight.device
         filled = [[text + text[-1:] * (length - len(text)) for text in some] for some in texts]
-        self.input_ids = torch.tensor(filled, device=device)  # [questions, texts, length]
+        self.input_ids = torch.tensor(filled, device=table.weight.device)
         self.embeds: Tensor = table(self.input_ids).detach()
-        self.columns = self.questions[0].input_ids.shape[1]
-        if self.questions[0].foil is None:
-            self.columns = length
-        self.targets = torch.tensor([[o.target for o in some] for some in self.outputs])
-        self.foils = torch.tensor([[o.foil for o in some] for some in self.outputs])
-        self.pairs = torch.tensor([o.foil >= 0 for o in first])  # [outputs]
-        self.text_of = torch.tensor([o.text for o in first])
-        self.positions = torch.tensor([o.position for o in first])
-        self.signs = torch.tensor([float(o.sign) for o in first])
-        normalised = self.questions[0].objective == "log_probability"
-        self.whole_vocabulary = normalised and not bool(self.pairs.all())
+        self.columns, normalised = shape_of(self.questions[0])[1::3]
+        self.targets = torch.tensor([[o.target for o in some] for some in outputs])
+        self.foils = torch.tensor([[o.foil for o in some] for some in outputs])
+        self.normalised = (self.foils < 0) & (normalised == "log_probability")
+        self.text_of = torch.tensor([o.text for o in outputs[0]])
+        self.positions = torch.tensor([o.position for o in outputs[0]])
+        self.signs = torch.tensor([float(o.sign) for o in outputs[0]])
         self.known = all(question.probability is not None for question in self.questions)
         self.facts: list[Facts] | None = None
         self.found: dict[str, Any] = {}  # what one method leaves for another
@@ -152,7 +143,7 @@ class Asked:
 
     def values(self, rows: Tensor | None = None, owner: Tensor | None = None) -> Tensor:
         """What is explained, for each row: FloatTensor [rows, outs]; for the texts by default."""
-        return self._values(self._run(self.embeds if rows is None else rows, owner).logits)
+        return self.values_of(self.read(self.embeds if rows is None else rows)[0], owner)
 
     def settle(self) -> None:
         """Run the texts once where something about the questions is open: see ``facts``.
@@ -163,84 +154,88 @@ class Asked:
             with torch.inference_mode():
                 self.values()
 
-    def values_of_one(
-        self, row: Tensor, rows: int, first: int = 0, past: DynamicCache | None = None
-    ) -> Tensor:
-        """Values [rows, outs] of one row that a hook makes many of on its way through the model.
+    def read(
+        self, rows: Tensor, places: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Any]:
+        """Run the model on rows; returns what their outputs read, and the keys and values.
 
-        ``row`` [1, 1, length, dim] begins at position ``first``, behind the keys and values in
-        ``past``.
+        That is the last hidden state at ``places`` [rows, outputs], counted from the rows' first
+        token: [rows, outputs, dim]. Of a model whose output layer is not a plain matrix it is the
+        logits there: [rows, outputs, vocab].
         """
-        places = self.positions.expand(rows, -1) - first
-        options = {} if past is None else {"past_key_values": past, "use_cache": True}
-        owner = torch.zeros(rows, dtype=torch.long)
-        return self._values(self._run(row, owner, places, **options).logits)
-
-    def _run(self, rows, owner, places=None, **options):
         if rows.data_ptr() != self.embeds.data_ptr() or len(rows) != len(self):
             self.settle()  # facts are read off the texts themselves, never off a variant
-        if owner is None:
-            owner = torch.arange(len(self)).repeat(len(rows) // len(self))
         places = self.positions.expand(len(rows), -1) if places is None else places
-        keep = self.look(owner, places, rows.shape[2])
-        options.setdefault("use_cache", False)
-        return self.model(inputs_embeds=rows.flatten(0, 1), logits_to_keep=keep, **options)
+        keep = self.look(places, rows.shape[2])
+        output = self.model(
+            inputs_embeds=rows.flatten(0, 1),
+            logits_to_keep=keep,
+            **{"use_cache": False, **options},
+        )
+        found = self.gathered(output.logits) if self.readout is None else output.logits
+        if self.facts is None and not self.known:
+            self._keep_facts(found.detach())
+        return found, getattr(output, "past_key_values", None)
 
-    def look(self, owner: Tensor, places: Tensor, length: int) -> int:
+    def look(self, places: Tensor, length: int) -> int:
         """Say what the next pass is to read: ``places`` [rows, outputs] of rows of ``length``.
 
         Returns how many positions, counted from the last one, that are.
         """
-        keep = int(length - places.min())
-        self._reading = owner, places + keep - length, keep
-        return keep
+        self.keep = int(length - places.min())
+        self._at = places - length + self.keep
+        return self.keep
 
-    def _values(self, logits, to_first_order=False):
-        """[rows, outs] of what ``_run`` let the model return.
+    def gathered(self, states: Tensor) -> Tensor:
+        """States at the places that are read: [rows, outputs, …] of [rows x texts, seq, …]."""
+        states = states[:, -self.keep :].unflatten(0, (-1, self.embeds.shape[1]))
+        rows = torch.arange(len(states), device=states.device)[:, None]
+        return states[rows, self.text_of.to(states.device), self._at.to(states.device)]
 
-        ``to_first_order`` gives what the slopes at these logits add up to, in an output layer
-        without a bias: a target's logit minus the mean logit that the model expects.
-        """
-        owner, at, keep = self._reading
-        few = 2 * len(self.positions)
-        if self.readout is None:
-            logits = _gathered(logits[:, -keep:], self, at).flatten(1)  # [rows, outputs x vocab]
-        else:
-            logits = logits[:, 0]
-        if self.facts is None and not self.known:
-            beside = self.readout is not None and not self.whole_vocabulary
-            self._keep_facts(logits[:, few:] if beside else logits)
-        if self.readout is not None and not self.whole_vocabulary:
-            logits = logits[:, :few]  # target and foil; the vocabulary may stand beside them
-        logits = logits.float().unflatten(1, (len(self.positions), -1))
-        device = logits.device
-        if self.readout is None or self.whole_vocabulary:
-            ids = torch.stack([self.targets, self.foils], dim=2).clamp_min(0)[owner]
-            target, foil = logits.gather(2, ids.to(device)).unbind(dim=2)  # [rows, outputs] each
-        else:
-            target, foil = logits.unbind(dim=2)
-        pairs = self.pairs.to(device)
-        other = foil.where(pairs, 0)
-        if self.whole_vocabulary and to_first_order:
-            other = torch.where(pairs, foil, (logits.softmax(dim=2) * logits).sum(dim=2))
-        elif self.whole_vocabulary:
-            other = torch.where(pairs, foil, logits.logsumexp(dim=2))
-        each = (target - other) * self.signs.to(device)
+    def values_of(self, read: Tensor, owner: Tensor | None = None) -> Tensor:
+        """The values [rows, outs] of what was read: see ``read``."""
+        each = self._each(read, owner)
         return each if self.each else each.sum(dim=1, keepdim=True)
 
-    def _keep_facts(self, logits):
-        """Read off the first pass over the texts what the model itself would say."""
-        logits = logits.detach().float().unflatten(1, (len(self.positions), -1))
-        plain = [place for place, output in enumerate(self.outputs[0]) if output.sign > 0]
-        self.facts = [
-            read_facts(logits[row, plain], question.target, question.rival)
-            for row, question in enumerate(self.questions)
-        ]
-        self.open_to([facts.target[0] for facts in self.facts])
+    def slopes(self, read: Tensor, owner: Tensor) -> Tensor:
+        """The gradient of each output with respect to what it reads: [rows, outputs, dim].
 
-    def open_to(self, found: list[int]) -> None:
-        """Let an open target be the token id ``found``, one a question."""
-        self.targets = torch.tensor(found)[:, None].where(self.targets < 0, self.targets)
+        It is the target's row of the output layer, minus the foil's, or minus the mean row that the
+        model itself expects. Raises ``InputError`` if the output layer is not a plain matrix.
+        """
+        if self.readout is None:
+            raise InputError("The output layer of this model is not a plain matrix in memory.")
+        with torch.enable_grad():
+            read = read.detach().requires_grad_(True)
+            return torch.autograd.grad(self._each(read, owner).sum(), read)[0]
+
+    def _each(self, read, owner):
+        owner = torch.arange(len(self)).repeat(len(read) // len(self)) if owner is None else owner
+        ids = torch.stack([self.targets, self.foils], dim=2)[owner].to(read.device)
+        normalised = self.normalised[owner].to(read.device)
+        if self.readout is None:
+            logits = read.float()
+            target, foil = logits.gather(2, ids.clamp_min(0)).unbind(dim=2)  # [rows, outputs] each
+            foil = foil.where(ids[..., 1] >= 0, 0)
+            each = target - foil.where(~normalised, logits.logsumexp(dim=2))
+        else:
+            each = OutputLayer.apply(read, ids, normalised, *self.readout.matrix)
+        return each * self.signs.to(each)
+
+    def _keep_facts(self, read):
+        """Read off the first pass over the texts what the model itself would say."""
+        plain = self.signs > 0
+        most = vocabularies_at_once(self.model, len(self.positions))
+        self.facts = []
+        for row, question in enumerate(self.questions):
+            if row % most == 0:
+                some = read[row : row + most]
+                with torch.no_grad():
+                    logits = some if self.readout is None else F.linear(some, *self.readout.matrix)
+            seen = logits[row % most, plain.to(logits.device)].float()
+            self.facts.append(read_facts(seen, question.target, question.rival))
+        found = torch.tensor([[facts.target[0]] for facts in self.facts])
+        self.targets = found.where(self.targets < 0, self.targets)  # those that were open
 
     # --- gradients -----------------------------------------------------------------------------
 
@@ -254,15 +249,16 @@ class Asked:
         """
         rows = rows.detach().requires_grad_(True)  # a leaf
         values = self.values(rows, owner)
-        each = [of(self.in_columns(grad)) for grad in self.gradients(values, rows)]
+        each = [of(self.in_columns(grad)) for (grad,) in self.gradients(values, rows)]
         return values.detach(), torch.stack(each, dim=1)
 
-    def gradients(self, values: Tensor, rows: Tensor, keep: bool = False) -> Iterator[Tensor]:
-        """The gradient of each out with respect to ``rows``; the graph goes with the last one."""
+    def gradients(
+        self, values: Tensor, *inputs: Tensor, keep: bool = False
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The gradients of each out with respect to ``inputs``; the graph goes with the last."""
         for out in range(values.shape[1]):
-            last = out == values.shape[1] - 1
-            (grad,) = torch.autograd.grad(values[:, out].sum(), rows, retain_graph=keep or not last)
-            yield grad
+            more = keep or out < values.shape[1] - 1
+            yield torch.autograd.grad(values[:, out].sum(), inputs, retain_graph=more)
 
     def in_columns(self, some: Tensor) -> Tensor:
         """[rows, texts, length, …] as [rows, columns, …], added up over the texts."""
@@ -280,26 +276,6 @@ class Asked:
         """Scores of tokens [..., columns] of one question, added up inside its units."""
         return scores @ self.members(row).to(scores).T
 
-    def read_states(self, hidden: Tensor, row: int) -> tuple[Tensor, Tensor]:
-        """What each output of question ``row`` reads in its last hidden states [outputs, dim].
-
-        Its direction, [outputs, dim], the normaliser taken to first order: the target's row of the
-        output layer minus the mean row that the model itself expects, or minus the foil's. And its
-        value to first order, [outputs].
-        """
-        if self.readout is None:
-            raise InputError("The output layer of this model is not a plain matrix in memory.")
-        seen = hidden.detach()[None].requires_grad_(True)
-        self.look(torch.tensor([row]), self.positions[None], self.embeds.shape[2])
-        every, self.each = self.each, True
-        try:
-            with torch.enable_grad():
-                logits = self.readout.read(seen)[:, None]
-                (grad,) = torch.autograd.grad(self._values(logits).sum(), seen)
-            return grad[0], self._values(logits.detach(), to_first_order=True)[0]
-        finally:
-            self.each = every
-
     # --- variants ------------------------------------------------------------------------------
 
     def beginning(self) -> tuple[Tensor, DynamicCache | None]:
@@ -308,10 +284,9 @@ class Asked:
         Computed once: variants share what comes before their first change.
         """
         if self._beginning is None:
-            output = self._run(self.embeds, None, use_cache=True)
-            cache = getattr(output, "past_key_values", None)
+            read, cache = self.read(self.embeds, use_cache=True)
             whole = isinstance(cache, DynamicCache) and not any(cache.is_sliding)
-            self._beginning = self._values(output.logits), cache if whole else None
+            self._beginning = self.values_of(read), cache if whole else None
         return self._beginning
 
     def erased(self, owner: Tensor, masks: Tensor, blank: Tensor | None) -> Tensor:
@@ -377,79 +352,90 @@ class Asked:
                 )
                 past.update(keys, values, layer)
             options = {"past_key_values": past, "use_cache": True}
-        output = self._run(rows, owner, places, **options)
-        return self._values(output.logits)
+        return self.values_of(self.read(rows, places, **options)[0], owner)
 
     def in_batches(self, run: Callable, items: Any, length: int) -> list:
         """``in_batches`` for rows of ``length`` tokens a text, whole vocabularies counted too."""
-        whole = self.whole_vocabulary or self.readout is None
-        most = vocabularies_at_once(self.model, len(self.positions)) if whole else None
+        most = None
+        if self.readout is None:
+            most = vocabularies_at_once(self.model, len(self.positions))
         return in_batches(self.model, run, items, length * self.embeds.shape[1], most)
 
 
-def _gathered(hidden, asked, at):
-    """States at the places that are read: [rows, outputs, …] of [rows x texts, keep, …]."""
-    texts = asked.embeds.shape[1]
-    hidden = hidden.unflatten(0, (-1, texts))  # [rows, texts, keep, …]
-    rows = torch.arange(len(hidden), device=hidden.device)[:, None]
-    return hidden[rows, asked.text_of.to(hidden.device), at.to(hidden.device)]
-
-
 class Readout(nn.Module):
-    """Stands in for an output layer: only the logits that the outputs depend on, flat in one row.
+    """Stands in for an output layer: hands on the states that are read, in the place of logits.
 
-    A logit is a hidden state times one row of the output layer. All the vocabulary's rows, at all
-    positions, and the zeros that a backward pass sends through them, are a large part of the time
-    on a short prompt. ``whole`` asks for the vocabulary beside target and foil, for the facts.
+    All the vocabulary's logits, at all positions, and the zeros that a backward pass sends through
+    them, are a large part of the time on a short prompt.
     """
 
     def __init__(self, head: nn.Linear, asked: Asked):
         super().__init__()
-        self.held = head, asked  # in a tuple, so that neither is a part of this module
-        self.hidden = torch.empty(0)
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-
-    @property
-    def whole(self) -> bool:
-        return self.held[1].facts is None and not self.held[1].known
+        self.head, self.asked = [head], [asked]  # in lists: neither is a part of this module
+        self.matrix = head.weight.detach(), None if head.bias is None else head.bias.detach()
+        self.states = torch.empty(0)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        head, asked = self.held
-        _, at, keep = asked._reading
-        self.hidden = _gathered(hidden[:, -keep:], asked, at).to(head.weight.device)
-        return self.read(self.hidden)[:, None]
+        self.states = self.asked[0].gathered(hidden).to(self.matrix[0].device)
+        return self.states
 
-    def read(self, hidden: Tensor) -> Tensor:
-        """[rows, outputs, dim] to [rows, numbers]."""
-        head, asked = self.held
-        if asked.whole_vocabulary:
-            return head(hidden.flatten(0, 1)).float().unflatten(0, hidden.shape[:2]).flatten(1)
-        found = self._whole(head, asked, hidden.detach()) if self.whole else None
-        if self.weight is None:
-            self.weight, self.bias = self._selected(head, asked)
-        owner = asked._reading[0].to(hidden.device)
-        weight = self.weight[owner]  # [rows, outputs, 2, dim]
-        few = (weight @ hidden.float()[..., None])[..., 0]  # [rows, outputs, 2]
-        if self.bias is not None:
-            few = few + self.bias[owner]
-        return few.flatten(1) if found is None else torch.cat([few.flatten(1), found], dim=1)
 
-    def _whole(self, head, asked, hidden):
-        """All logits [rows, outputs x vocab], which tell the open targets too."""
-        with torch.no_grad():
-            logits = head(hidden.flatten(0, 1)).float().unflatten(0, hidden.shape[:2])
-        if bool((asked.targets < 0).any()):
-            asked.open_to(logits[:, 0].argmax(dim=-1).tolist())
-        return logits.flatten(1)
+class OutputLayer(torch.autograd.Function):
+    """Outputs [rows, outputs] from their states [rows, outputs, dim], and their slopes there.
 
-    def _selected(self, head, asked):
-        # made outside of inference mode, since a later pass may want a gradient through them
-        with torch.inference_mode(False), torch.no_grad():
-            device = head.weight.device
-            ids = torch.stack([asked.targets, asked.foils.clamp_min(0)], dim=2).to(device)
-            bias = None if head.bias is None else head.bias.detach()[ids].float()
-            return head.weight.detach()[ids].float(), bias  # [questions, outputs, 2, …]
+    ``ids`` [rows, outputs, 2] are target and foil, -1 for none; where ``normalised`` [rows,
+    outputs], the logarithm of the sum over the vocabulary is taken off. The output layer's rows are
+    read in portions, each used twice while it is near: for the logits, and for the mean row that
+    the model expects, which is the normaliser's slope.
+    """
+
+    @staticmethod
+    def forward(ctx, states, ids, normalised, weight, bias):
+        there = (ids >= 0).to(states.device, torch.float32) * torch.tensor([1.0, -1.0]).to(
+            states.device
+        )
+        ids = ids.clamp_min(0)
+        slopes = (weight[ids].float() * there[..., None]).sum(dim=2)  # [rows, outputs, dim]
+        values = (slopes * states.float()).sum(dim=2)
+        if bias is not None:
+            values += (bias[ids].float() * there).sum(dim=2)
+        if normalised.any():
+            mean, logs = _expected(
+                states[normalised].float(), weight, bias, ctx.needs_input_grad[0]
+            )
+            values[normalised] -= logs
+            if mean is not None:
+                slopes[normalised] -= mean
+        ctx.save_for_backward(slopes.to(states.dtype))
+        return values
+
+    @staticmethod
+    def backward(ctx, grad):
+        (slopes,) = ctx.saved_tensors
+        return grad[..., None].to(slopes) * slopes, None, None, None, None
+
+
+def _expected(states, weight, bias, with_mean):
+    """The mean row of the output layer by the model's own probabilities, and the normaliser.
+
+    Of states [n, dim]: [n, dim] and [n], in float32. What was summed is scaled down whenever a
+    larger logit appears, so that nothing overflows.
+    """
+    size = ROWS_AT_ONCE["cpu" if weight.device.type == "cpu" else "other"]
+    top = states.new_full((len(states), 1), -torch.inf)
+    total, mean = torch.zeros_like(top), torch.zeros_like(states) if with_mean else None
+    for first in range(0, len(weight), size):
+        rows = weight[first : first + size].float()
+        logits = states @ rows.T
+        if bias is not None:
+            logits += bias[first : first + size].float()
+        before, top = top, torch.maximum(top, logits.amax(dim=1, keepdim=True))
+        shares, scale = (logits - top).exp_(), (before - top).exp()
+        total = total * scale + shares.sum(dim=1, keepdim=True)
+        if mean is not None:
+            mean = mean * scale + shares @ rows
+    mean = None if mean is None else mean / total
+    return mean, (top + total.log())[:, 0]
 
 
 @contextlib.contextmanager
@@ -474,7 +460,7 @@ def asking(model: Any, questions: Sequence[Question], each: bool = False) -> Ite
 
             def cut(module, args, length=length):
                 length[0] = args[0].shape[1]
-                return (args[0][:, -asked._reading[2] :],)
+                return (args[0][:, -asked.keep :],)
 
             def fill(module, args, out, length=length):
                 return F.pad(out, (0, 0, length[0] - out.shape[1], 0))
@@ -491,11 +477,34 @@ def asking(model: Any, questions: Sequence[Question], each: bool = False) -> Ite
 
 
 def plain_output_layer(model: Any) -> nn.Linear | None:
-    """The output layer of ``model`` if it is a plain matrix in memory, else ``None``."""
+    """The output layer of ``model`` if it is a plain matrix in memory, else ``None``.
+
+    Nor is it plain where the model does something to the logits that come out of it, such as a cap
+    or a scale.
+    """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) is not nn.Linear or not head.weight.is_floating_point() or head.weight.is_meta:
         return None
-    return head
+    name, layers, state = model.base_model_prefix, model.base_model, head.weight[:1, None]
+    try:  # all that comes after layers and output layer, each of which gives the same at once
+        setattr(model, name, _Gives(BaseModelOutputWithPast(last_hidden_state=state)))
+        model.set_output_embeddings(_Gives(state))
+        as_they_are = model.forward(inputs_embeds=state, use_cache=False).logits is state
+    except Exception:  # a model that asks more of its layers
+        as_they_are = False
+    finally:
+        model.set_output_embeddings(head)
+        setattr(model, name, layers)
+    return head if as_they_are else None
+
+
+class _Gives(nn.Module):
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+
+    def forward(self, *args, **options):
+        return self.what
 
 
 def _pointwise_after_last_attention(model):

@@ -45,16 +45,19 @@ def relevance(asked: Asked, through_attention: bool = True) -> list[Attribution]
     shared = asked.found.get("wanted", frozenset()) & {"saliency", "gradient_x_input"}
     rules: Any = switchable_rules if through_attention and shared else relevance_rules
     with rules(asked.model, through_attention) as switch:
-        logits = asked._run(rows, None).logits
-        values = asked._values(logits)  # [questions, outs]
+        read, _ = asked.read(rows)
+        values = asked.values_of(read)  # [questions, outs]
         if switch is not None:
-            grads = [asked.in_columns(grad) for grad in asked.gradients(values, rows, keep=True)]
+            grads = [asked.in_columns(grad) for (grad,) in asked.gradients(values, rows, keep=True)]
             asked.found["gradient"] = torch.stack(grads, dim=1)
             switch.on = True
-        products = [slope.float() * rows.detach() for slope in asked.gradients(values, rows)]
-        moved = asked._values(logits.detach(), to_first_order=True)
-    scores = torch.stack([asked.in_columns(each).sum(dim=-1) for each in products], dim=1)
-    totals = torch.stack([each.sum(dim=(1, 2, 3)) for each in products], dim=1)
+        both = [
+            (slope.float() * rows.detach(), (outer.float() * read.detach()).sum(dim=(1, 2)))
+            for slope, outer in asked.gradients(values, rows, read)
+        ]
+    products, moved = (torch.stack(some, dim=1) for some in zip(*both, strict=True))
+    scores = products[:, :, :, : asked.columns].sum(dim=(2, 4))  # [questions, outs, columns]
+    totals = products.sum(dim=(2, 3, 4))
     return attributions(asked, scores, totals=totals, moved=moved, evaluations=1)
 
 
