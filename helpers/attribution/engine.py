@@ -125,7 +125,7 @@ class Asked:
         self.known = all(question.probability is not None for question in self.questions)
         self.facts: list[Facts] | None = None
         self.found: dict[str, Any] = {}  # what one method leaves for another
-        self.readout: Readout | None = None
+        self.matrix: tuple[Tensor, Tensor | None] | None = None  # the output layer's, and its bias
         self._beginning: tuple[Tensor, DynamicCache | None] | None = None
 
     def __len__(self) -> int:
@@ -172,7 +172,7 @@ class Asked:
             logits_to_keep=keep,
             **{"use_cache": False, **options},
         )
-        found = self.gathered(output.logits) if self.readout is None else output.logits
+        found = self.gathered(output.logits) if self.matrix is None else output.logits
         if self.facts is None and not self.known:
             self._keep_facts(found.detach())
         return found, getattr(output, "past_key_values", None)
@@ -203,7 +203,7 @@ class Asked:
         It is the target's row of the output layer, minus the foil's, or minus the mean row that the
         model itself expects. Raises ``InputError`` if the output layer is not a plain matrix.
         """
-        if self.readout is None:
+        if self.matrix is None:
             raise InputError("The output layer of this model is not a plain matrix in memory.")
         with torch.enable_grad():
             read = read.detach().requires_grad_(True)
@@ -213,13 +213,13 @@ class Asked:
         owner = torch.arange(len(self)).repeat(len(read) // len(self)) if owner is None else owner
         ids = torch.stack([self.targets, self.foils], dim=2)[owner].to(read.device)
         normalised = self.normalised[owner].to(read.device)
-        if self.readout is None:
+        if self.matrix is None:
             logits = read.float()
             target, foil = logits.gather(2, ids.clamp_min(0)).unbind(dim=2)  # [rows, outputs] each
             foil = foil.where(ids[..., 1] >= 0, 0)
             each = target - foil.where(~normalised, logits.logsumexp(dim=2))
         else:
-            each = OutputLayer.apply(read, ids, normalised, *self.readout.matrix)
+            each = OutputLayer.apply(read, ids, normalised, *self.matrix)
         return each * self.signs.to(each)
 
     def _keep_facts(self, read):
@@ -231,7 +231,7 @@ class Asked:
             if row % most == 0:
                 some = read[row : row + most]
                 with torch.no_grad():
-                    logits = some if self.readout is None else F.linear(some, *self.readout.matrix)
+                    logits = some if self.matrix is None else F.linear(some, *self.matrix)
             seen = logits[row % most, plain.to(logits.device)].float()
             self.facts.append(read_facts(seen, question.target, question.rival))
         found = torch.tensor([[facts.target[0]] for facts in self.facts])
@@ -357,27 +357,9 @@ class Asked:
     def in_batches(self, run: Callable, items: Any, length: int) -> list:
         """``in_batches`` for rows of ``length`` tokens a text, whole vocabularies counted too."""
         most = None
-        if self.readout is None:
+        if self.matrix is None:
             most = vocabularies_at_once(self.model, len(self.positions))
         return in_batches(self.model, run, items, length * self.embeds.shape[1], most)
-
-
-class Readout(nn.Module):
-    """Stands in for an output layer: hands on the states that are read, in the place of logits.
-
-    All the vocabulary's logits, at all positions, and the zeros that a backward pass sends through
-    them, are a large part of the time on a short prompt.
-    """
-
-    def __init__(self, head: nn.Linear, asked: Asked):
-        super().__init__()
-        self.head, self.asked = [head], [asked]  # in lists: neither is a part of this module
-        self.matrix = head.weight.detach(), None if head.bias is None else head.bias.detach()
-        self.states = torch.empty(0)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        self.states = self.asked[0].gathered(hidden).to(self.matrix[0].device)
-        return self.states
 
 
 class OutputLayer(torch.autograd.Function):
@@ -391,21 +373,17 @@ class OutputLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, ids, normalised, weight, bias):
-        there = (ids >= 0).to(states.device, torch.float32) * torch.tensor([1.0, -1.0]).to(
-            states.device
-        )
+        there = (ids >= 0) * torch.tensor([1.0, -1.0], device=ids.device)
         ids = ids.clamp_min(0)
         slopes = (weight[ids].float() * there[..., None]).sum(dim=2)  # [rows, outputs, dim]
         values = (slopes * states.float()).sum(dim=2)
         if bias is not None:
             values += (bias[ids].float() * there).sum(dim=2)
         if normalised.any():
-            mean, logs = _expected(
-                states[normalised].float(), weight, bias, ctx.needs_input_grad[0]
-            )
+            some, with_mean = states[normalised].float(), ctx.needs_input_grad[0]
+            logs, mean = _normaliser(some, weight, bias, with_mean)
             values[normalised] -= logs
-            if mean is not None:
-                slopes[normalised] -= mean
+            slopes[normalised] -= mean
         ctx.save_for_backward(slopes.to(states.dtype))
         return values
 
@@ -415,27 +393,25 @@ class OutputLayer(torch.autograd.Function):
         return grad[..., None].to(slopes) * slopes, None, None, None, None
 
 
-def _expected(states, weight, bias, with_mean):
-    """The mean row of the output layer by the model's own probabilities, and the normaliser.
+def _normaliser(states, weight, bias, with_mean):
+    """The logarithm of the sum over the vocabulary [n] of states [n, dim], and its slope [n, dim].
 
-    Of states [n, dim]: [n, dim] and [n], in float32. What was summed is scaled down whenever a
-    larger logit appears, so that nothing overflows.
+    What was summed is scaled down whenever a larger logit appears, so that nothing overflows.
     """
     size = ROWS_AT_ONCE["cpu" if weight.device.type == "cpu" else "other"]
     top = states.new_full((len(states), 1), -torch.inf)
-    total, mean = torch.zeros_like(top), torch.zeros_like(states) if with_mean else None
+    total, mean = torch.zeros_like(top), torch.zeros_like(states)
     for first in range(0, len(weight), size):
         rows = weight[first : first + size].float()
-        logits = states @ rows.T
-        if bias is not None:
-            logits += bias[first : first + size].float()
+        logits = F.linear(
+            states, rows, None if bias is None else bias[first : first + size].float()
+        )
         before, top = top, torch.maximum(top, logits.amax(dim=1, keepdim=True))
         shares, scale = (logits - top).exp_(), (before - top).exp()
         total = total * scale + shares.sum(dim=1, keepdim=True)
-        if mean is not None:
+        if with_mean:
             mean = mean * scale + shares @ rows
-    mean = None if mean is None else mean / total
-    return mean, (top + total.log())[:, 0]
+    return (top + total.log())[:, 0], mean / total
 
 
 @contextlib.contextmanager
@@ -448,14 +424,16 @@ def asking(model: Any, questions: Sequence[Question], each: bool = False) -> Ite
     """
     asked = Asked(model, questions, each)
     head = plain_output_layer(model)
-    if head is None:
-        with frozen(model):
-            yield asked
-        return
-    asked.readout = Readout(head, asked)
-    hooks: list[Any] = []
-    try:
-        for module in _pointwise_after_last_attention(model):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        if head is not None:
+            weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+            asked.matrix = weight, bias
+            stack.callback(model.set_output_embeddings, head)
+            model.set_output_embeddings(
+                _Instead(lambda hidden: asked.gathered(hidden).to(weight.device))
+            )
+        for module in _pointwise_after_last_attention(model) if head is not None else ():
             length = [0]
 
             def cut(module, args, length=length):
@@ -465,15 +443,9 @@ def asking(model: Any, questions: Sequence[Question], each: bool = False) -> Ite
             def fill(module, args, out, length=length):
                 return F.pad(out, (0, 0, length[0] - out.shape[1], 0))
 
-            hooks.append(module.register_forward_pre_hook(cut))
-            hooks.append(module.register_forward_hook(fill))
-        model.set_output_embeddings(asked.readout)
-        with frozen(model):
-            yield asked
-    finally:
-        model.set_output_embeddings(head)
-        for hook in hooks:
-            hook.remove()
+            stack.callback(module.register_forward_pre_hook(cut).remove)
+            stack.callback(module.register_forward_hook(fill).remove)
+        yield asked
 
 
 def plain_output_layer(model: Any) -> nn.Linear | None:
@@ -487,8 +459,8 @@ def plain_output_layer(model: Any) -> nn.Linear | None:
         return None
     name, layers, state = model.base_model_prefix, model.base_model, head.weight[:1, None]
     try:  # all that comes after layers and output layer, each of which gives the same at once
-        setattr(model, name, _Gives(BaseModelOutputWithPast(last_hidden_state=state)))
-        model.set_output_embeddings(_Gives(state))
+        setattr(model, name, _Instead(lambda *_, **__: BaseModelOutputWithPast(state)))
+        model.set_output_embeddings(_Instead(lambda hidden: state))
         as_they_are = model.forward(inputs_embeds=state, use_cache=False).logits is state
     except Exception:  # a model that asks more of its layers
         as_they_are = False
@@ -498,13 +470,12 @@ def plain_output_layer(model: Any) -> nn.Linear | None:
     return head if as_they_are else None
 
 
-class _Gives(nn.Module):
-    def __init__(self, what):
-        super().__init__()
-        self.what = what
+class _Instead(nn.Module):
+    """A function in the place of a module."""
 
-    def forward(self, *args, **options):
-        return self.what
+    def __init__(self, function: Callable):
+        super().__init__()
+        self.forward = function
 
 
 def _pointwise_after_last_attention(model):
@@ -612,28 +583,26 @@ def working_precision(model: Any, precision: str | None) -> Iterator[None]:
     refused = refuses_attending(model) if linears else None
     if refused is not None:
         raise InputError(f"The precision {precision} cannot be used. {refused}")
-    found = [(linear, linear.weight, linear.bias) for linear in linears]
-    hooks: list[Any] = []
+    norms = [
+        norm
+        for layer in (model.model.layers if linears and isinstance(model, LlamaForCausalLM) else ())
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+    ]
     with contextlib.ExitStack() as stack:
-        try:
-            for linear, weight, bias in found:
-                linear.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-                if bias is not None:
-                    linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-                hooks.append(linear.register_forward_pre_hook(lambda m, args: (args[0].to(dtype),)))
-            if found and isinstance(model, LlamaForCausalLM):
-                for layer in model.model.layers:
-                    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-                        hooks.append(norm.register_forward_hook(lambda m, a, out: out.to(dtype)))
-            if found:
-                stack.enter_context(attending(model, sdpa))
-                stack.callback(_attend_in_float32.reset, _attend_in_float32.set(True))
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for linear, weight, bias in found:
-                linear.weight, linear.bias = weight, bias
+        for linear in linears:
+            for name, weight in list(linear.named_parameters()):
+                stack.callback(setattr, linear, name, weight)
+                cast = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+                setattr(linear, name, cast)
+            hook = linear.register_forward_pre_hook(lambda m, args: (args[0].to(dtype),))
+            stack.callback(hook.remove)
+        for norm in norms:
+            hook = norm.register_forward_hook(lambda m, args, out: out.to(dtype))
+            stack.callback(hook.remove)
+        if linears:
+            stack.enter_context(attending(model, sdpa))
+            stack.callback(_attend_in_float32.reset, _attend_in_float32.set(True))
+        yield
 
 
 # --- attention ---------------------------------------------------------------------------------

@@ -14,7 +14,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from watching import backward_passes, rows_run, tensor_sizes
 
 from helpers import METHODS, InputError, ask, attribute, tiny_llama
-from helpers.attribution import asking, baseline_embeds, embed_prompt, objective, objective_gradient
+from helpers.attribution import (
+    asking,
+    baseline_embeds,
+    embed_prompt,
+    engine,
+    objective,
+    objective_gradient,
+)
 from helpers.attribution.attention import attention_rows
 from helpers.attribution.engine import (
     attending,
@@ -217,7 +224,7 @@ def test_an_output_layer_that_is_no_plain_matrix_is_left_as_it_is(tiny, shape):
     model.set_output_embeddings(head)
     question = ask(model, tokenizer, PROMPT, **SHAPES[shape])
     with asking(model, [question]) as asked:
-        assert asked.readout is None and model.lm_head is head
+        assert asked.matrix is None and model.lm_head is head
     for method in ("gradient_x_input", "occlusion", "attention", "relevance"):
         exact = attribute(tiny[0], question, method).scores
         same(attribute(model, question, method).scores, exact, 1e-4)
@@ -230,7 +237,7 @@ def test_a_model_without_an_output_layer_is_left_as_it_is(tiny):
     linear = LinearCausalModel(tiny[1])
     question = ask(linear, tiny[1], PROMPT, target="ab", foil="cd")
     with asking(linear, [question]) as asked:
-        assert asked.readout is None
+        assert asked.matrix is None
         same(asked.values()[:, 0], by_hand.value(linear, question), 1e-5)
 
 
@@ -263,6 +270,36 @@ def test_the_normaliser_is_computed_only_where_the_foil_does_not_cancel_it(optio
             attribute(model, question, method)
         seen = {size for size in sizes if size % vocabulary == 0 and size not in (0, weight)}
         assert bool(seen) == whole, method
+
+
+@pytest.mark.parametrize("size", [1, 50, 259, 2048])
+@pytest.mark.parametrize("scale", [1, 300], ids=["usual logits", "logits that overflow"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_output_layer_read_in_portions_has_the_values_and_slopes_of_the_whole(
+    monkeypatch, size, scale, biased
+):
+    monkeypatch.setitem(engine.ROWS_AT_ONCE, "cpu", size)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(259, 8, generator=generator)
+    bias = torch.randn(259, generator=generator) if biased else None
+    states = scale * torch.randn(3, 2, 8, generator=generator)
+    ids = torch.tensor([[[3, 5], [7, -1]], [[258, -1], [0, -1]], [[1, 2], [4, 6]]])
+    normalised = ids[..., 1] < 0
+    normalised[1, 1] = False  # a raw logit
+    states.requires_grad_(True)
+    values = engine.OutputLayer.apply(states, ids, normalised, weight, bias)
+    (slopes,) = torch.autograd.grad(values.sum(), states)
+
+    exact = states.detach().double().requires_grad_(True)
+    logits = torch.nn.functional.linear(
+        exact, weight.double(), None if bias is None else bias.double()
+    )
+    target, foil = logits.gather(2, ids.clamp_min(0)).unbind(dim=2)
+    other = torch.where(ids[..., 1] >= 0, foil, 0.0)
+    expected = target - torch.where(normalised, logits.logsumexp(dim=2), other)
+    torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-4)
+    (expected,) = torch.autograd.grad(expected.sum(), exact)
+    torch.testing.assert_close(slopes.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_of_a_long_prompt_no_vocabulary_is_spread_over_the_positions(tiny):
