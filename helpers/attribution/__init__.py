@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from inspect import signature
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from helpers.attribution.engine import (
@@ -23,9 +23,9 @@ from helpers.attribution.engine import (
     in_batches,
     objective,
     objective_gradient,
+    plain_output_layer,
     rows_per_batch,
     shape_of,
-    texts_and_outputs,
     vocabularies_at_once,
     working_precision,
 )
@@ -152,46 +152,43 @@ def attribute_all(
 
 def _attribute_held(model, questions, wanted, each, budget):
     questions = [_settled(model, question) for question in questions]
-    groups: dict[Any, list[int]] = {}
+    groups: dict[Any, tuple[dict, list[int]]] = {}
     for place, question in enumerate(questions):
         options = _options_of(question, wanted, budget)
-        key = shape_of(question), repr(sorted(options.items(), key=str)) if budget else ""
-        groups.setdefault(key, []).append(place)
+        key = shape_of(question), repr(options) if budget else ""
+        groups.setdefault(key, (options, []))[1].append(place)
     found: dict[int, tuple[Question, dict[str, Attribution]]] = {}
-    for places in groups.values():
-        options = _options_of(questions[places[0]], wanted, budget)
+    for (shape, _), (options, places) in groups.items():
 
         def run(some, options=options):
             return _run(model, [questions[place] for place in some], options, each)
 
-        texts, outputs = texts_and_outputs(questions[places[0]])
-        room = len(texts) * max(map(len, texts))
+        room = len(shape.lengths) * max(shape.lengths)
         if "relevance" in options and options.keys() & {"saliency", "gradient_x_input"}:
             room *= 2  # two ways back keep most of what two passes would
-        most = vocabularies_at_once(model, len(outputs))
-        done = [one for some in in_batches(model, run, places, room, most) for one in some]
+        most = None  # of all the vocabulary's logits, where the output layer is no plain matrix
+        if plain_output_layer(model) is None:
+            most = vocabularies_at_once(model, len(shape.places))
+        done = chain(*in_batches(model, run, places, room, most))
         found.update(zip(places, done, strict=True))
     return [found[place] for place in range(len(questions))]
 
 
 def _options_of(question, wanted, budget):
     """The methods that are run for a question, and their options under the budget."""
-    found = {}
-    for name, given in wanted.items():
-        options: dict | None = {}
-        if budget is not None:
-            units, tokens = len(question.units), question.input_ids.shape[1]
-            options = METHODS[name].options(units, tokens, budget)
-        if options is not None:
-            found[name] = {**options, **given}
-    return found
+    if budget is None:
+        return wanted
+    units, tokens = len(question.units), question.input_ids.shape[1]
+    allowed = {name: METHODS[name].options(units, tokens, budget) for name in wanted}
+    return {name: some | wanted[name] for name, some in allowed.items() if some is not None}
 
 
 def _settled(model, question):
     """Of a target that begins as its foil does, what they share is no output: it is run alone."""
-    if question.probability is not None or question.target is None or question.foil is None:
-        return question
-    return ask_of(model, question) if question.target[0] == question.foil[0] else question
+    both = question.target, question.foil
+    if question.probability is None and None not in both and both[0][0] == both[1][0]:
+        return ask_of(model, question)
+    return question
 
 
 def _run(model, questions, options, each):

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -83,14 +83,23 @@ def texts_and_outputs(question: Question) -> tuple[list[list[int]], list[Output]
     return texts or [ids + target[:same]], outputs
 
 
-def shape_of(question: Question) -> tuple:
+class Shape(NamedTuple):
     """Questions of one shape can be run together."""
+
+    columns: int
+    lengths: tuple[int, ...]  # of the texts
+    places: tuple[tuple[int, int, int], ...]  # text, position and sign of each output
+    objective: str
+    fine: bool
+
+
+def shape_of(question: Question) -> Shape:
+    """What questions that are run together have in common; see ``Asked`` for columns."""
     texts, outputs = texts_and_outputs(question)
-    prompt = question.input_ids.shape[1]
-    columns = prompt if question.foil is not None else len(texts[0])
+    columns = len(texts[0]) if question.foil is None else question.input_ids.shape[1]
     places = tuple((o.text, o.position, o.sign) for o in outputs)
-    lengths = tuple(map(len, texts))
-    return prompt, columns, lengths, places, question.objective, question.grouping in FINE
+    fine = question.grouping in FINE
+    return Shape(columns, tuple(map(len, texts)), places, question.objective, fine)
 
 
 class Asked:
@@ -110,18 +119,17 @@ class Asked:
     def __init__(self, model: Any, questions: Sequence[Question], each: bool = False):
         self.model, self.questions, self.each = model, list(questions), each
         texts, outputs = zip(*map(texts_and_outputs, self.questions), strict=True)
-        length = max(map(len, texts[0]))
+        shape = shape_of(self.questions[0])
+        length = max(shape.lengths)
         table = model.get_input_embeddings()
         filled = [[text + text[-1:] * (length - len(text)) for text in some] for some in texts]
         self.input_ids = torch.tensor(filled, device=table.weight.device)
         self.embeds: Tensor = table(self.input_ids).detach()
-        self.columns, normalised = shape_of(self.questions[0])[1::3]
+        self.columns = shape.columns
         self.targets = torch.tensor([[o.target for o in some] for some in outputs])
         self.foils = torch.tensor([[o.foil for o in some] for some in outputs])
-        self.normalised = (self.foils < 0) & (normalised == "log_probability")
-        self.text_of = torch.tensor([o.text for o in outputs[0]])
-        self.positions = torch.tensor([o.position for o in outputs[0]])
-        self.signs = torch.tensor([float(o.sign) for o in outputs[0]])
+        self.normalised = (self.foils < 0) & (shape.objective == "log_probability")
+        self.text_of, self.positions, self.signs = torch.tensor(shape.places).unbind(dim=1)
         self.known = all(question.probability is not None for question in self.questions)
         self.facts: list[Facts] | None = None
         self.found: dict[str, Any] = {}  # what one method leaves for another
