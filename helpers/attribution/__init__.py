@@ -154,8 +154,9 @@ def _attribute_held(model, questions, wanted, each, budget):
     questions = [_settled(model, question) for question in questions]
     groups: dict[Any, tuple[dict, list[int]]] = {}
     for place, question in enumerate(questions):
-        options = _options_of(question, wanted, budget)
-        key = shape_of(question), repr(options) if budget else ""
+        shape = shape_of(question)
+        options = _options_of(question, sum(shape.lengths), wanted, budget)
+        key = shape, repr(options) if budget else ""
         groups.setdefault(key, (options, []))[1].append(place)
     found: dict[int, tuple[Question, dict[str, Attribution]]] = {}
     for (shape, _), (options, places) in groups.items():
@@ -174,11 +175,14 @@ def _attribute_held(model, questions, wanted, each, budget):
     return [found[place] for place in range(len(questions))]
 
 
-def _options_of(question, wanted, budget):
-    """The methods that are run for a question, and their options under the budget."""
+def _options_of(question, tokens, wanted, budget):
+    """The methods that are run for a question, and their options under the budget.
+
+    ``tokens`` are those of all its texts.
+    """
     if budget is None:
         return wanted
-    units, tokens = len(question.units), question.input_ids.shape[1]
+    units = len(question.units)
     allowed = {name: METHODS[name].options(units, tokens, budget) for name in wanted}
     return {name: some | wanted[name] for name, some in allowed.items() if some is not None}
 
