@@ -12,20 +12,27 @@ import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
+from functools import lru_cache, partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 from icu4py.breakers import CharacterBreaker, SentenceBreaker, WordBreaker
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from helpers.errors import InputError
 
 ROLES = ("system", "user", "assistant")
 PARTS = ("template", *ROLES, "prompt", "answer")
 UNITS = ("tokens", "words", "sentences", "turns")
+_FINE = UNITS[:2]  # whose template is not one unit
+_BREAKERS = {"words": WordBreaker, "sentences": SentenceBreaker}
 _LOCALE = "en@ss=standard"  # "Mr." ends no sentence; words of other scripts do not depend on it
+_TRUSTED = ("template", "answer")  # parts in which a control token is one
 Span = tuple[int, int]
+half_a_pair = re.compile(r"[\ud800-\udfff]").search  # of surrogates, which no text can hold
+_bad_prompt = partial(InputError, field="prompt")
+_bad_messages = partial(InputError, field="messages")
+_bad_sources = partial(InputError, field="sources")
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Prompt:
     text that somebody wrote, as opposed to the template. A token that stands for no text, such as
     the beginning-of-text token, has an empty span and belongs to the template. ``typed`` are
     control tokens that somebody wrote and that were read as text; ``segments`` are the pieces of
-    the text, each with its part.
+    the text, each with its part, and ``bare`` its ids when these are read in one piece.
     """
 
     text: str
@@ -60,6 +67,7 @@ class Prompt:
     own: list[tuple[int, int, str]]
     typed: tuple[str, ...] = ()
     segments: Sequence[tuple[str, str]] = ()
+    bare: Sequence[int] = ()
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -93,51 +101,46 @@ def read_prompt(
 def check_messages(messages: Any) -> list[dict[str, str]]:
     """Messages as ``{"role": …, "content": text}``, or an ``InputError`` with the index."""
     if not isinstance(messages, Sequence) or not messages:
-        raise InputError(
-            "The prompt is neither a text nor a list of messages: write at least one word.",
-            field="prompt",
+        raise _bad_prompt(
+            "The prompt is neither a text nor a list of messages: write at least one word."
         )
     found: list[dict[str, str]] = []
     for index, message in enumerate(messages):
         here = f"Message {index}"
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise InputError(f"{here} needs the keys role and content.", field="messages")
+            raise _bad_messages(f"{here} needs the keys role and content.")
         role, content = message["role"], message["content"]
         for key in ("tool_calls", "function_call"):
             if message.get(key):
-                raise InputError(f"{here} has {key}: only text can be read.", field="messages")
+                raise _bad_messages(f"{here} has {key}: only text can be read.")
         if role not in ROLES:
-            raise InputError(
-                f"{here} has the role {str(role)[:40]!r}: use {', '.join(ROLES)}.", field="messages"
-            )
+            raise _bad_messages(f"{here} has the role {str(role)[:40]!r}: use {', '.join(ROLES)}.")
         if isinstance(content, list | tuple):  # the form in which other interfaces send text
             texts = [part.get("text") if isinstance(part, dict) else None for part in content]
             if not all(isinstance(text, str) for text in texts):
-                raise InputError(f"{here} holds more than text: keep its text.", field="messages")
+                raise _bad_messages(f"{here} holds more than text: keep its text.")
             content = "".join(map(str, texts))
         _check_text(content, "messages", f"The content of message {index}")
         if role == "system" and index:
-            raise InputError(
-                f"{here} is a {'second ' * (found[0]['role'] == role)}system message: keep one, "
-                "as the first message.",
-                field="messages",
+            second = "second " * (found[0]["role"] == role)
+            raise _bad_messages(
+                f"{here} is a {second}system message: keep one, as the first message."
             )
         if role == "assistant" and not any(some["role"] == "user" for some in found):
-            raise InputError(
+            raise _bad_messages(
                 f"{here} is the assistant's, and the user has said nothing yet: begin with the "
-                "user.",
-                field="messages",
+                "user."
             )
         found.append({"role": role, "content": content})
     if found[-1]["role"] == "system":
-        raise InputError("The user says nothing: add a message of the user.", field="messages")
+        raise _bad_messages("The user says nothing: add a message of the user.")
     return found
 
 
 def _check_text(text, field, what):
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{what} is empty: write at least one word.", field=field)
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if half_a_pair(text):
         raise InputError(
             f"{what} has half of a surrogate pair in it: save it as UTF-8 again.", field=field
         )
@@ -151,60 +154,48 @@ def _render(tokenizer, messages):
             "raw prompt, or take an instruct model.",
             field="chat",
         )
-    texts = [message["content"] for message in messages]
     marks = [f"\ue000{index}\ue001" for index in range(len(messages))]
+    marked = [{**each, "content": mark} for each, mark in zip(messages, marks, strict=True)]
     problem = None
     for wrap in (str, lambda text: [{"type": "text", "text": text}]):
         try:
-            marked = _applied(tokenizer, messages, [wrap(mark) for mark in marks])
-            whole = _applied(tokenizer, messages, [wrap(text) for text in texts])
+            # what the template sets before, between and behind the messages, and their numbers
+            fixed = re.split("\ue000([0-9]+)\ue001", _applied(tokenizer, marked, wrap))
+            whole = _applied(tokenizer, messages, wrap)
+            for index in map(str, range(len(messages))):
+                if (count := fixed[1::2].count(index)) != 1:
+                    raise _bad_messages(
+                        f"The chat template {'repeats' if count else 'drops'} the text of message "
+                        f"{index}: leave that message out, or ask the finished text with raw=True."
+                    )
+            break
         except InputError as error:
             problem = problem or error
-            continue
-        bad = next((index for index, mark in enumerate(marks) if marked.count(mark) != 1), None)
-        if bad is None:
-            break
-        problem = problem or InputError(
-            f"The chat template {'repeats' if marks[bad] in marked else 'drops'} the text of "
-            f"message {bad}: leave that message out, or ask the finished text with raw=True.",
-            field="messages",
-        )
     else:
         raise problem
-    order = sorted(range(len(marks)), key=lambda index: marked.index(marks[index]))
-    fixed, rest = [], marked
-    for index in order:
-        before, _, rest = rest.partition(marks[index])
-        fixed.append(before)
-    fixed.append(rest)
     segments, at = [(fixed[0], "template")], len(fixed[0])
-    good = whole.startswith(fixed[0])
-    for index, after in zip(order, fixed[1:], strict=True):
-        text = texts[index]
-        fits = (text, text.strip(), text.lstrip(), text.rstrip())  # templates often trim
-        text = next((some for some in fits if whole.startswith(some + after, at)), None)
-        if text is None or not good:
-            raise InputError(
+    for index, after in zip(map(int, fixed[1::2]), fixed[2::2], strict=True):
+        text = messages[index]["content"]
+        for some in (text, text.strip(), text.lstrip(), text.rstrip()):  # templates often trim
+            if whole.startswith(fixed[0]) and whole.startswith(some + after, at):
+                break
+        else:
+            raise _bad_messages(
                 f"The chat template changes the text of message {index}, so its words cannot be "
-                "found again: ask the finished text with raw=True.",
-                field="messages",
+                "found again: ask the finished text with raw=True."
             )
-        segments += [(text, messages[index]["role"]), (after, "template")]
-        at += len(text) + len(after)
+        segments += [(some, messages[index]["role"]), (after, "template")]
+        at += len(some) + len(after)
     if at != len(whole):
-        raise InputError(
+        raise _bad_messages(
             "The chat template adds text that depends on what the messages say, so their words "
-            "cannot be told from it: ask the finished text with raw=True.",
-            field="messages",
+            "cannot be told from it: ask the finished text with raw=True."
         )
     return [(text, part) for text, part in segments if text]
 
 
-def _applied(tokenizer, messages, contents):
-    filled = [
-        {"role": message["role"], "content": content}
-        for message, content in zip(messages, contents, strict=True)
-    ]
+def _applied(tokenizer, messages, wrap):
+    filled = [{**message, "content": wrap(message["content"])} for message in messages]
     begun = messages[-1]["role"] == "assistant"  # the assistant's beginning is to be continued
     try:
         return tokenizer.apply_chat_template(
@@ -212,49 +203,49 @@ def _applied(tokenizer, messages, contents):
         )
     except Exception as error:  # a template is a program of somebody else's
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"The chat template refuses these messages ({said[:200]}): change roles or order.",
-            field="messages",
+        raise _bad_messages(
+            f"The chat template refuses these messages ({said[:200]}): change roles or order."
         ) from error
 
 
 def _read(tokenizer, segments, raw=False):
-    text, own = _joined(segments)
-    plain = len(segments) == 1 and segments[0][1] == "prompt"
+    text, plain = "".join(segment for segment, _ in segments), segments[0][1] == "prompt"
+    owners = [part for segment, part in segments for _ in segment]  # of each character
+    ends = accumulate(len(segment) for segment, _ in segments)
+    own = [
+        (end - len(segment), end, part)
+        for (segment, part), end in zip(segments, ends, strict=True)
+        if part != "template"
+    ]
     if raw:
         segments = [(text, "template")]
-    for split in (False, True):
-        ids, spans, typed = _tokens(tokenizer, segments, split)
-        if plain or not any(_crosses(text, span, own) for span in spans):
-            break
+    ids, spans, typed = _tokens(tokenizer, segments)
+    bare = ids
+    if not plain and any(len(set(_owners(text, owners, span))) > 1 for span in spans):
+        ids, spans, typed = _tokens(tokenizer, segments, split=True)
     if not ids:
-        raise InputError(
-            f"The prompt {text[:40]!r} has no token this model knows: use other text.",
-            field="prompt",
+        raise _bad_prompt(
+            f"The prompt {text[:40]!r} has no token this model knows: use other text."
         )
     if plain:
         first = _beginning(tokenizer)
         ids, spans = [*first, *ids], [(0, 0)] * len(first) + spans
     if ids[:2] == [tokenizer.bos_token_id] * 2:
-        raise InputError(
+        raise _bad_prompt(
             f"The prompt begins with {tokenizer.bos_token!r}, which the tokenizer adds as well: "
-            "leave it out.",
-            field="prompt",
+            "leave it out."
         )
     spans = _with_spaces(text, spans, {begin for begin, _, _ in own})
-    parts = [_part_of(text, span, own) for span in spans]
-    labels = _labels(tokenizer, text, ids, spans)
-    return Prompt(text, ids, spans, parts, labels, own, typed, segments)
+    parts = [_owners(text, owners, span)[0] for span in spans]
+    labels = _numbered(_stretches(tokenizer, text, ids, spans))
+    return Prompt(text, ids, spans, parts, labels, own, typed, segments, bare)
 
 
-def _joined(segments):
-    """The whole text, and the stretches ``(begin, end, part)`` that are not the template's."""
-    at, own = 0, []
-    for segment, part in segments:
-        if part != "template":
-            own.append((at, at + len(segment), part))
-        at += len(segment)
-    return "".join(segment for segment, _ in segments), own
+def _owners(text, owners, span):
+    """Whose the characters of a token are; white space counts where there is nothing else."""
+    inside = range(*span)
+    ink = [place for place in inside if not text[place].isspace()] or inside[:1]
+    return [owners[place] for place in ink] or ["template"]
 
 
 def _tokens(tokenizer, segments, split=False):
@@ -263,9 +254,8 @@ def _tokens(tokenizer, segments, split=False):
     ``typed`` are the control tokens that were read as text, as they do not stand in the template
     or in an answer.
     """
-    text = "".join(segment for segment, _ in segments)
-    controls = _controls(tokenizer)
-    trusted = [segment for segment, part in segments if part in ("template", "answer")]
+    text, controls = "".join(segment for segment, _ in segments), _controls(tokenizer)
+    trusted = [segment for segment, part in segments if part in _TRUSTED]
     typed = tuple(
         each
         for each in controls
@@ -274,41 +264,31 @@ def _tokens(tokenizer, segments, split=False):
     if not typed and not split and not _trims(tokenizer):
         return *_encoded(tokenizer, text), typed
     if not tokenizer.is_fast:
-        raise InputError(
+        raise _bad_prompt(
             f"The text holds {(typed or ('a piece of the template',))[0]!r}, and this model's "
-            "tokenizer cannot tell typed text from a control token: take it out.",
-            field="prompt",
+            "tokenizer cannot tell typed text from a control token: take it out."
         )
     marked = controls if typed else ()
-    reader, original = _reader(tokenizer, marked)
     find = re.compile("|".join(map(re.escape, sorted(marked, key=len, reverse=True))) or "(?!)")
-    pieces, places, at = [], [], 0
-    for segment, part in segments:
-        trusted = part in ("template", "answer")
-        before = 0
-        for found in (*(find.finditer(segment) if trusted else ()), None):
-            begin = found.start() if found else len(segment)
-            pieces.append(segment[before:begin])
-            places += range(at + before, at + begin)
-            if found:
-                pieces.append(_MARK + found[0])
-                places += [*[at + begin] * len(_MARK), *range(at + begin, at + found.end())]
-                before = found.end()
-        at += len(segment)
-        if split and at < len(text):
-            pieces.append(_MARK)
-            places += [at] * len(_MARK)
-    places.append(at)
-    read = reader.encode("".join(pieces), add_special_tokens=False)
-    if escaped := set(read.tokens) & set(marked):  # a vocabulary may spell it by other ways
-        raise InputError(
+    pieces = [
+        find.sub(rf"{_MARK}\g<0>", segment) if part in _TRUSTED else segment
+        for segment, part in segments
+    ]
+    reader = _reader(tokenizer, marked)
+    read = reader.encode((_MARK * split).join(pieces), add_special_tokens=False)
+    tokens = [reader.id_to_token(number) for number in read.ids]
+    if escaped := set(tokens) & set(marked):  # a vocabulary may spell it by other ways
+        raise _bad_prompt(
             f"The text holds {min(escaped)!r}, which this model's tokenizer always takes for a "
-            "control token: take it out.",
-            field="prompt",
+            "control token: take it out."
         )
-    kept = [place for place, token in enumerate(read.tokens) if token != _MARK]
-    ids = [original.get(read.ids[place], read.ids[place]) for place in kept]
-    spans = [(places[begin], places[end]) for begin, end in (read.offsets[some] for some in kept)]
+    ids, spans, shift = [], [], 0  # by how many characters of marks a place is too large
+    for token, (begin, end) in zip(tokens, read.offsets, strict=True):
+        begin -= shift
+        shift += len(_MARK) * token.startswith(_MARK)
+        if token != _MARK:
+            ids.append(tokenizer.backend_tokenizer.token_to_id(token.removeprefix(_MARK)))
+            spans.append((begin, end - shift))
     return ids, spans, typed
 
 
@@ -316,14 +296,13 @@ def _encoded(tokenizer, text):
     """Token ids of a text, without what a tokenizer adds around it, and their spans."""
     if tokenizer.is_fast:
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return found["input_ids"], [tuple(span) for span in found["offset_mapping"]]
+        return found["input_ids"], found["offset_mapping"]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     spelled, spans = spelled_by(tokenizer, ids)
     if spelled != text:
-        raise InputError(
+        raise _bad_prompt(
             "This model's tokenizer does not tell where its tokens stand in the text: take its "
-            "fast tokenizer, a tokenizer.json.",
-            field="prompt",
+            "fast tokenizer, a tokenizer.json."
         )
     return ids, spans
 
@@ -367,41 +346,18 @@ _MARK = f"\ue000{secrets.token_hex(8)}"  # nobody can type it
 def _reader(tokenizer, marked):
     """The same tokenizer, to which a control token is one only behind ``_MARK``.
 
-    Returns the reader, and the ids of the tokenizer by those of the reader where they differ.
+    Its ids are others, but each token has the name that it has in ``tokenizer``.
     """
     whole = json.loads(tokenizer.backend_tokenizer.to_str())
-    whole["post_processor"] = None  # which adds tokens and takes spaces out of the offsets
-    given = {}
+    # a post-processor adds tokens and takes spaces out of the offsets
+    whole |= {"post_processor": None, "truncation": None, "padding": None}
     for token in whole["added_tokens"]:
-        content, number = token["content"], token["id"]
-        if content in marked:
-            token |= {"content": _MARK + content, "normalized": False, "single_word": False}
-        given[token["content"]] = number
-    own = {"id": len(tokenizer), "content": _MARK, "special": True, "normalized": False}
-    own |= {"single_word": False, "lstrip": False, "rstrip": False}
-    whole["added_tokens"].append(own)
+        if token["content"] in marked:
+            content = _MARK + token["content"]
+            token |= {"content": content, "normalized": False, "single_word": False}
     reader = Tokenizer.from_str(json.dumps(whole))
-    reader.no_truncation()
-    reader.no_padding()
-    return reader, {reader.token_to_id(content): number for content, number in given.items()}
-
-
-def _crosses(text, span, own):
-    """True for a token that holds characters of two parts, white space aside."""
-    parts = {
-        _part_of(text, (place, place + 1), own)
-        for place in range(*span)
-        if not text[place].isspace()
-    }
-    return len(parts) > 1
-
-
-def _part_of(text, span, own):
-    begin, end = span
-    place = next((place for place in range(begin, end) if not text[place].isspace()), begin)
-    if begin == end:
-        return "template"
-    return next((part for first, last, part in own if first <= place < last), "template")
+    reader.add_special_tokens([AddedToken(_MARK, normalized=False)])
+    return reader
 
 
 def _with_spaces(text, spans, starts):
@@ -416,24 +372,26 @@ def _with_spaces(text, spans, starts):
     return found
 
 
-def _labels(tokenizer, text, ids, spans):
-    """One readable string for each token; ``你[1/2]`` for a part of a character."""
-    labels: list[str] = []
-    while (start := len(labels)) < len(ids):
-        begin, end = spans[start]
-        if begin == end:
-            labels.append(tokenizer.decode([ids[start]]) or str(ids[start]))
-            continue
-        stop = start + 1
-        while stop < len(ids) and spans[stop][0] < end and spans[stop][0] < spans[stop][1]:
+def _stretches(tokenizer, text, ids, spans):
+    """``(text, count)`` of the shortest runs of tokens that share no character with others."""
+    start = 0
+    while start < len(ids):
+        (begin, end), stop = spans[start], start + 1
+        while begin < end and stop < len(ids) and spans[stop][0] < min(end, spans[stop][1]):
             end = max(end, spans[stop][1])
             stop += 1
-        if stop == start + 1:
-            labels.append(text[begin:end])
-        else:
-            count = stop - start
-            labels += [f"{text[begin:end]}[{number}/{count}]" for number in range(1, count + 1)]
-    return labels
+        label = text[begin:end] or tokenizer.decode([ids[start]]) or str(ids[start])
+        yield label, stop - start
+        start = stop
+
+
+def _numbered(runs):
+    """One label a token of runs ``(text, count)``; ``你[1/2]`` where several share a text."""
+    return [
+        f"{text}[{number}/{count}]" if count > 1 else text
+        for text, count in runs
+        for number in range(1, count + 1)
+    ]
 
 
 def decoded(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> str:
@@ -475,11 +433,7 @@ def token_labels(tokenizer: Any, token_ids: Sequence[int], before: Sequence[int]
 
     notebooks/02_tokenization.ipynb takes it apart.
     """
-    return [
-        f"{text}[{number}/{count}]" if count > 1 else text
-        for text, count in _runs(tokenizer, token_ids, before)
-        for number in range(1, count + 1)
-    ]
+    return _numbered(_runs(tokenizer, token_ids, before))
 
 
 def spelled_by(
@@ -499,8 +453,7 @@ def continuation(tokenizer: Any, prompt: Prompt, text: str) -> tuple[list[int], 
     Where the last token of the prompt would be another one with ``text`` behind it, the ids are
     those of ``text`` behind something that it does not merge with, and the second value is true.
     """
-    before, _, _ = _tokens(tokenizer, prompt.segments)
-    both, _, _ = _tokens(tokenizer, [*prompt.segments, (text, "answer")])
+    before, (both, _, _) = prompt.bare, _tokens(tokenizer, [*prompt.segments, (text, "answer")])
     if both[: len(before)] == before:
         return both[len(before) :], False
     for other in "\n.a":  # text alone would get the space that SentencePiece sets before a text
@@ -514,12 +467,19 @@ def continuation(tokenizer: Any, prompt: Prompt, text: str) -> tuple[list[int], 
 
 
 def _segments(breaker, text, begin, end):
-    """Spans of what ICU takes for words or sentences in a stretch of the text."""
-    spans, at = [], begin
+    """Spans of what ICU takes for characters, words or sentences in a stretch of the text."""
+    spans = []
     for piece in breaker(text[begin:end], _LOCALE):
-        spans.append((at, at + len(piece)))
-        at += len(piece)
+        spans.append((begin, begin + len(piece)))
+        begin += len(piece)
     return spans
+
+
+def _written(breaker, prompt):
+    """The same in all that was written, as opposed to the template."""
+    return [
+        span for begin, end, _ in prompt.own for span in _segments(breaker, prompt.text, begin, end)
+    ]
 
 
 def word_places(prompt: Prompt, words: str) -> list[list[int]]:
@@ -529,35 +489,30 @@ def word_places(prompt: Prompt, words: str) -> list[list[int]]:
     no space between words, a dictionary may not know the words: there, any characters that stand
     together are found if there is no other place. Empty if there is none.
     """
-    words, whole, loose = words.strip(), [], []
-    for part in prompt.own if words else ():
-        edges = {edge for span in _segments(WordBreaker, prompt.text, *part[:2]) for edge in span}
-        for begin, end in _found(prompt.text, words, *part[:2]):
-            if begin in edges and end in edges:
-                whole.append((begin, end))
-            elif (begin in edges or _joined_up(prompt.text, begin)) and (
-                end in edges or _joined_up(prompt.text, end, "HANGUL")
-            ):
-                loose.append((begin, end))
+    whole, loose, text = [], [], prompt.text
+    edges = {edge for span in _written(WordBreaker, prompt) for edge in span}
+    for begin, end in _found(prompt, words.strip()):
+        if begin in edges and end in edges:
+            whole.append((begin, end))
+        elif (begin in edges or _joined_up(text, begin)) and (
+            end in edges or _joined_up(text, end, "HANGUL")
+        ):
+            loose.append((begin, end))
     return [_tokens_in(prompt, *place) for place in whole or loose]
 
 
-def _found(text, words, begin, end):
-    """Each place of ``words`` in a stretch of the text, however either composes its characters."""
-    words = _composed(words)
-    pieces, starts = [], []
-    for first, last in _segments(CharacterBreaker, text, begin, end):
-        piece = _composed(text[first:last])
-        starts += [first, *[None] * (len(piece) - 1)]  # no place is inside of a character
-        pieces.append(piece)
-    starts.append(end)
-    whole = "".join(pieces)
-    at = whole.find(words)
-    while at >= 0:
-        place = starts[at], starts[at + len(words)]
-        if None not in place:
-            yield place
-        at = whole.find(words, at + 1)
+def _found(prompt, words):
+    """Each place of ``words`` in what was written, however either composes its characters."""
+    if not words or half_a_pair(words):
+        return []
+    wanted, found = [_composed(each) for each in CharacterBreaker(words, _LOCALE)], []
+    for first, last, _ in prompt.own:
+        spans = _segments(CharacterBreaker, prompt.text, first, last)
+        pieces = [_composed(prompt.text[begin:end]) for begin, end in spans]
+        for at in range(len(pieces) - len(wanted) + 1):
+            if pieces[at : at + len(wanted)] == wanted:
+                found.append((spans[at][0], spans[at + len(wanted) - 1][1]))
+    return found
 
 
 def _composed(text):
@@ -596,26 +551,16 @@ def prompt_units(
     if how not in UNITS:
         raise InputError(f"There are no units {how!r}: use {', '.join(UNITS)}.", field="units")
     if sources is not None:
-        stretches = _source_stretches(prompt, sources)
-    elif how == "tokens":
-        return [
-            Unit(label, (position,), part)
-            for position, (label, part) in enumerate(zip(prompt.labels, prompt.parts, strict=True))
-        ]
-    elif how == "turns":
-        stretches = [(begin, end) for begin, end, _ in prompt.own]
+        how, stretches = "sources", _source_stretches(prompt, sources)
+    elif how in _BREAKERS:
+        stretches = _written(_BREAKERS[how], prompt)
     else:
-        breaker = {"words": WordBreaker, "sentences": SentenceBreaker}[how]
-        stretches = [
-            span
-            for begin, end, _ in prompt.own
-            for span in _segments(breaker, prompt.text, begin, end)
-        ]
-    fine, begins = how == "words" and sources is None, [begin for begin, _ in stretches]
+        stretches = prompt.own
+    fine, begins = how in _FINE, [stretch[0] for stretch in stretches]
     groups: dict[Any, list[int]] = {}
     for position, part in enumerate(prompt.parts):
-        key: Any = ("template", position if fine else 0)
-        if part != "template":
+        key: Any = ("alone", position) if fine else "template"
+        if part != "template" and how != "tokens":
             key = bisect_right(begins, _place(prompt, position, fine))
         groups.setdefault(key, []).append(position)
     return [_unit(prompt, positions) for positions in groups.values()]
@@ -633,52 +578,41 @@ def _place(prompt, position, fine):
 
 
 def _unit(prompt, positions):
-    part = prompt.parts[positions[0]]
-    spans = [prompt.spans[position] for position in positions]
-    text = prompt.text[min(begin for begin, _ in spans) : max(end for _, end in spans)]
-    label = prompt.labels[positions[0]] if len(positions) == 1 else text
-    if part == "template" and len(positions) > 1:
-        label = "template"
+    part, label = prompt.parts[positions[0]], prompt.labels[positions[0]]
+    if len(positions) > 1:
+        begins, ends = zip(*(prompt.spans[position] for position in positions), strict=True)
+        label = "template" if part == "template" else prompt.text[min(begins) : max(ends)]
     return Unit(label, tuple(positions), part)
 
 
 def _source_stretches(prompt, sources):
     if isinstance(sources, str) or not sources:
-        raise InputError("sources must be a list of passages of the prompt.", field="sources")
+        raise _bad_sources("sources must be a list of passages of the prompt.")
     own = [position for position, part in enumerate(prompt.parts) if part != "template"]
     begins, found = [_place(prompt, position, False) for position in own], []
     for index, source in enumerate(sources):
         if not isinstance(source, str) or not source.strip():
-            raise InputError(f"Source {index} is empty: write its text.", field="sources")
+            raise _bad_sources(f"Source {index} is empty: write its text.")
         source = source.strip()
-        places = [place for part in prompt.own for place in _found(prompt.text, source, *part[:2])]
+        places, here = _found(prompt, source), f"Source {index}, {source[:40]!r},"
         if len(places) != 1:
-            how = "does not stand" if not places else f"stands {len(places)} times"
-            raise InputError(
-                f"Source {index}, {source[:40]!r}, {how} in the prompt: give text that stands "
-                "there once.",
-                field="sources",
-            )
-        if not any(places[0][0] <= begin < places[0][1] for begin in begins):
-            raise InputError(
-                f"Source {index}, {source[:40]!r}, is a part of one token: give whole words.",
-                field="sources",
-            )
-        found.append((*places[0], index))
+            how = f"stands {len(places)} times" if places else "does not stand"
+            raise _bad_sources(f"{here} {how} in the prompt: give text that stands there once.")
+        ((first, last),) = places
+        if not any(first <= begin < last for begin in begins):
+            raise _bad_sources(f"{here} is a part of one token: give whole words.")
+        found.append((first, last, index))
     found.sort()
     for (_, end, index), (begin, _, other) in pairwise(found):
         if begin < end:
-            raise InputError(
-                f"Sources {index} and {other} overlap in the prompt: give each stretch once.",
-                field="sources",
+            raise _bad_sources(
+                f"Sources {index} and {other} overlap in the prompt: give each stretch once."
             )
-    stretches: list[Span] = []
-    for begin, end, _ in prompt.own:
-        at = begin
-        for first, last, _ in [some for some in found if begin <= some[0] < end]:
-            stretches += _segments(SentenceBreaker, prompt.text, at, first)
-            stretches.append((first, last))
-            at = last + len(prompt.text[last:end]) - len(prompt.text[last:end].lstrip())
-        stretches += _segments(SentenceBreaker, prompt.text, at, end)
+    stretches = []
+    for at, end, _ in prompt.own:
+        inside = [(first, last) for first, last, _ in found if at <= first < end]
+        for first, last in [*inside, (end, end)]:
+            stretches += [*_segments(SentenceBreaker, prompt.text, at, first), (first, last)]
+            at = end - len(prompt.text[last:end].lstrip())
     # what only separates two sources belongs to the one before
     return [(begin, end) for begin, end in stretches if prompt.text[begin:end].strip()]
