@@ -10,6 +10,7 @@ by the chain rule over as many tokens as each has; without a foil, the first ter
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from helpers.prompts import (
     Unit,
     continuation,
     decoded,
+    half_a_pair,
     prompt_units,
     read_prompt,
     spelled_by,
@@ -107,6 +109,9 @@ class Facts:
     rivals: tuple[tuple[float, float], ...]  # the probabilities of both tokens of each ``Rival``
 
 
+_TOLD = ("probability", "top", "top_probability", "rank")  # what a question keeps of its facts
+
+
 def ask(
     model: Any,
     tokenizer: Any,
@@ -140,22 +145,8 @@ def ask(
 
     notebooks/03_generation.ipynb takes it apart.
     """
-    question = read_question(
-        tokenizer,
-        prompt,
-        target=target,
-        foil=foil,
-        target_ids=target_ids,
-        foil_ids=foil_ids,
-        answer=answer,
-        units=units,
-        sources=sources,
-        chat=chat,
-        raw=raw,
-        objective=objective,
-        model=model,
-    )
-    return ask_of(model, question)
+    # the two functions name what is asked alike, so a name is written in the two signatures only
+    return ask_of(model, read_question(**locals()))
 
 
 def ask_of(model: Any, question: Question) -> Question:
@@ -208,9 +199,10 @@ def read_question(
         device, vocabulary = table.device, len(table)
         config = getattr(model.config, "get_text_config", lambda: model.config)()
         context = getattr(config, "max_position_embeddings", None)
-    ids, notes, rival = _named(tokenizer, read, target, target_ids, "target")
-    others, more, another = _named(tokenizer, read, foil, foil_ids, "foil")
-    notes, rival = notes + more, rival + another
+    notes: list[str] = []
+    rivals: list[Rival] = []
+    named = partial(_named, tokenizer, read, notes, rivals)
+    ids, others = named("target", target, target_ids), named("foil", foil, foil_ids)
     if answer is not None and answer is not False:
         if ids is not None:
             raise InputError("Give a target or an answer, not both.", field="answer")
@@ -219,8 +211,8 @@ def read_question(
                 "An answer has no foil: name target and foil, or the answer alone.", field="answer"
             )
         if isinstance(answer, str):
-            ids, notes, rival = _named(tokenizer, read, answer, None, "answer")
-        elif not isinstance(answer, bool) and (not isinstance(answer, int) or answer < 1):
+            ids = named("answer", answer)
+        elif not isinstance(answer, int) or answer < 1:
             raise InputError(
                 f"The answer {answer!r} is neither a text nor a number of tokens from 1.",
                 field="answer",
@@ -236,14 +228,14 @@ def read_question(
             field="units" if sources is None else "sources",
         )
     if getattr(tokenizer, "chat_template", None) and not chat_given and not raw:
-        notes += (
+        notes.append(
             "The model has a chat template and was asked without it: messages or chat=True would "
-            "ask as it was trained.",
+            "ask as it was trained."
         )
     if read.typed:
-        notes += (
+        notes.append(
             f"Control tokens typed in the prompt were read as text: {', '.join(read.typed)}. "
-            "raw=True takes a finished template.",
+            "raw=True takes a finished template."
         )
     question = Question(
         prompt=prompt,
@@ -253,12 +245,12 @@ def read_question(
         units=prompt_units(read, units, sources),
         foil=others,
         foil_label=None if others is None else decoded(tokenizer, others, read.ids),
-        notes=notes,
+        notes=tuple(notes),
         objective=objective,
         grouping=grouping,
         read=read,
         tokenizer=tokenizer,
-        rival=rival,
+        rival=tuple(rivals),
     )
     if ids is None and answer and model is not None:
         return with_answer(model, question, room)
@@ -276,8 +268,7 @@ def with_target(question: Question, target: Sequence[int]) -> Question:
             "another foil.",
             field="foil",
         )
-    shorter = min(len(target), len(question.foil or target))
-    if question.foil is not None and target[:shorter] == question.foil[:shorter]:
+    if all(own == other for own, other in zip(target, question.foil or (None,), strict=False)):
         raise InputError(
             f"The target {label!r} and the foil {question.foil_label!r} begin alike and one of "
             "them ends there, so they are no alternatives: write both to the end of a word.",
@@ -302,16 +293,14 @@ def completed(question: Question, facts: Facts) -> Question:
     before, count = question.input_ids[0].tolist(), len(facts.target)
     own = facts.own == count or question.greedy  # whose passes may round a tie another way
     notes = list(question.notes)
-    if not own and not facts.own:
-        notes.append(
-            f"The target is not the model's own answer, which begins with "
-            f"{token_labels(tokenizer, [facts.top], before)[0]!r} ({facts.top_probability:.1%})."
-        )
-    elif not own:
-        notes.append(
-            "The target is not the model's own answer, which goes on otherwise after "
-            f"{decoded(tokenizer, facts.target[: facts.own], before)!r}."
-        )
+    if not own:
+        begins = token_labels(tokenizer, [facts.top], before)[0]
+        goes = f"begins with {begins!r} ({facts.top_probability:.1%})"
+        if facts.own:
+            goes = (
+                f"goes on otherwise after {decoded(tokenizer, facts.target[: facts.own], before)!r}"
+            )
+        notes.append(f"The target is not the model's own answer, which {goes}.")
     if own and facts.target[0] == tokenizer.eos_token_id:
         notes.append("The model ends its text at once: its answer is empty.")
     for rival, (asked, other) in zip(question.rival, facts.rivals, strict=True):
@@ -328,14 +317,8 @@ def completed(question: Question, facts: Facts) -> Question:
     # an answer of many tokens is improbable as a whole, even where the model is sure of each
     if facts.probability ** (1 / count if own else 1) < WEAK:
         notes.append(f"The target's probability is under 1 %: {facts.probability:.2g}.")
-    return replace(
-        question,
-        probability=facts.probability,
-        notes=tuple(notes),
-        top=facts.top,
-        top_probability=facts.top_probability,
-        rank=facts.rank,
-    )
+    found = {name: getattr(facts, name) for name in _TOLD}
+    return replace(question, notes=tuple(notes), **found)
 
 
 def read_facts(
@@ -415,43 +398,42 @@ def top_tokens(
 # --- target and foil ---------------------------------------------------------------------------
 
 
-def _named(tokenizer, read, text, ids, role):
-    """``(ids or None, notes, rivals)`` of what is named by text or by ids."""
+def _named(tokenizer, read, notes, rivals, role, text, ids=None):
+    """The ids of what is named by text or by ids, or ``None``; adds to its notes and rivals."""
     if text is not None and ids is not None:
         raise InputError(f"Give the {role} as text or as ids, not both.", field=role)
     if ids is not None:
+        by = f"{role}_ids"
         if isinstance(ids, str) or not isinstance(ids, Sequence | torch.Tensor) or not len(ids):
-            raise InputError(f"{role}_ids must list at least one token id.", field=f"{role}_ids")
-        ids = [
-            each.item() if isinstance(each, torch.Tensor) and each.dim() == 0 else each
-            for each in ids
-        ]
+            raise InputError(f"{by} must list at least one token id.", field=by)
+        ids = [each.item() if torch.is_tensor(each) and not each.dim() else each for each in ids]
         if not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
-            raise InputError(f"{role}_ids must be whole numbers.", field=f"{role}_ids")
-        return tuple(ids), (), ()
+            raise InputError(f"{by} must be whole numbers.", field=by)
+        return tuple(ids)
     if text is None:
-        return None, (), ()
+        return None
     if not isinstance(text, str) or not text:
         hint = "" if isinstance(text, str) or role == "answer" else f" Ids go by {role}_ids."
         must = "is empty: it must" if text == "" else "must"
         raise InputError(f"The {role} {must} be text, such as ' Riga'.{hint}", field=role)
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if half_a_pair(text):
         raise InputError(f"The {role} has half of a surrogate pair in it.", field=role)
     found, merged = continuation(tokenizer, read, text)
     if not found:
         raise InputError(f"The {role} {text!r} has no token this model knows.", field=role)
-    notes, pieces = (), token_labels(tokenizer, found, read.ids)
+    pieces = token_labels(tokenizer, found, read.ids)
     if merged:
-        notes += (
+        notes.append(
             f"The {role} {text!r} merges with the last token of the prompt when written in one; "
-            f"it was read by itself, as {pieces}.",
+            f"it was read by itself, as {pieces}."
         )
     if not pieces[0].strip() and text.strip():
-        notes += (f"The first token of the {role} {text!r} is blank.",)
+        notes.append(f"The first token of the {role} {text!r} is blank.")
     other = text[1:] if text.startswith(" ") else f" {text}"
     rival = [] if text.lstrip(" ")[:1].isspace() else continuation(tokenizer, read, other)[0]
-    rivals = (Rival(found[0], rival[0], text, other),) if rival and rival[0] != found[0] else ()
-    return tuple(found), notes, rivals
+    if rival and rival[0] != found[0]:
+        rivals.append(Rival(found[0], rival[0], text, other))
+    return tuple(found)
 
 
 def _check_size(tokenizer, read, named, room, context, vocabulary):
