@@ -30,9 +30,9 @@ _LOCALE = "en@ss=standard"  # "Mr." ends no sentence; words of other scripts do 
 _TRUSTED = ("template", "answer")  # parts in which a control token is one
 Span = tuple[int, int]
 half_a_pair = re.compile(r"[\ud800-\udfff]").search  # of surrogates, which no text can hold
-_bad_prompt = partial(InputError, field="prompt")
-_bad_messages = partial(InputError, field="messages")
-_bad_sources = partial(InputError, field="sources")
+bad_prompt = partial(InputError, field="prompt")
+bad_messages = partial(InputError, field="messages")
+bad_sources = partial(InputError, field="sources")
 
 
 @dataclass(frozen=True)
@@ -101,39 +101,39 @@ def read_prompt(
 def check_messages(messages: Any) -> list[dict[str, str]]:
     """Messages as ``{"role": …, "content": text}``, or an ``InputError`` with the index."""
     if not isinstance(messages, Sequence) or not messages:
-        raise _bad_prompt(
+        raise bad_prompt(
             "The prompt is neither a text nor a list of messages: write at least one word."
         )
     found: list[dict[str, str]] = []
     for index, message in enumerate(messages):
         here = f"Message {index}"
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise _bad_messages(f"{here} needs the keys role and content.")
+            raise bad_messages(f"{here} needs the keys role and content.")
         role, content = message["role"], message["content"]
         for key in ("tool_calls", "function_call"):
             if message.get(key):
-                raise _bad_messages(f"{here} has {key}: only text can be read.")
+                raise bad_messages(f"{here} has {key}: only text can be read.")
         if role not in ROLES:
-            raise _bad_messages(f"{here} has the role {str(role)[:40]!r}: use {', '.join(ROLES)}.")
+            raise bad_messages(f"{here} has the role {str(role)[:40]!r}: use {', '.join(ROLES)}.")
         if isinstance(content, list | tuple):  # the form in which other interfaces send text
             texts = [part.get("text") if isinstance(part, dict) else None for part in content]
             if not all(isinstance(text, str) for text in texts):
-                raise _bad_messages(f"{here} holds more than text: keep its text.")
+                raise bad_messages(f"{here} holds more than text: keep its text.")
             content = "".join(map(str, texts))
         _check_text(content, "messages", f"The content of message {index}")
         if role == "system" and index:
             second = "second " * (found[0]["role"] == role)
-            raise _bad_messages(
+            raise bad_messages(
                 f"{here} is a {second}system message: keep one, as the first message."
             )
         if role == "assistant" and not any(some["role"] == "user" for some in found):
-            raise _bad_messages(
+            raise bad_messages(
                 f"{here} is the assistant's, and the user has said nothing yet: begin with the "
                 "user."
             )
         found.append({"role": role, "content": content})
     if found[-1]["role"] == "system":
-        raise _bad_messages("The user says nothing: add a message of the user.")
+        raise bad_messages("The user says nothing: add a message of the user.")
     return found
 
 
@@ -164,7 +164,7 @@ def _render(tokenizer, messages):
             whole = _applied(tokenizer, messages, wrap)
             for index in map(str, range(len(messages))):
                 if (count := fixed[1::2].count(index)) != 1:
-                    raise _bad_messages(
+                    raise bad_messages(
                         f"The chat template {'repeats' if count else 'drops'} the text of message "
                         f"{index}: leave that message out, or ask the finished text with raw=True."
                     )
@@ -180,14 +180,14 @@ def _render(tokenizer, messages):
             if whole.startswith(fixed[0]) and whole.startswith(some + after, at):
                 break
         else:
-            raise _bad_messages(
+            raise bad_messages(
                 f"The chat template changes the text of message {index}, so its words cannot be "
                 "found again: ask the finished text with raw=True."
             )
         segments += [(some, messages[index]["role"]), (after, "template")]
         at += len(some) + len(after)
     if at != len(whole):
-        raise _bad_messages(
+        raise bad_messages(
             "The chat template adds text that depends on what the messages say, so their words "
             "cannot be told from it: ask the finished text with raw=True."
         )
@@ -203,7 +203,7 @@ def _applied(tokenizer, messages, wrap):
         )
     except Exception as error:  # a template is a program of somebody else's
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise _bad_messages(
+        raise bad_messages(
             f"The chat template refuses these messages ({said[:200]}): change roles or order."
         ) from error
 
@@ -211,12 +211,8 @@ def _applied(tokenizer, messages, wrap):
 def _read(tokenizer, segments, raw=False):
     text, plain = "".join(segment for segment, _ in segments), segments[0][1] == "prompt"
     owners = [part for segment, part in segments for _ in segment]  # of each character
-    ends = accumulate(len(segment) for segment, _ in segments)
-    own = [
-        (end - len(segment), end, part)
-        for (segment, part), end in zip(segments, ends, strict=True)
-        if part != "template"
-    ]
+    stretches = zip(_spans(segment for segment, _ in segments), segments, strict=True)
+    own = [(*span, part) for span, (_, part) in stretches if part != "template"]
     if raw:
         segments = [(text, "template")]
     ids, spans, typed = _tokens(tokenizer, segments)
@@ -224,14 +220,12 @@ def _read(tokenizer, segments, raw=False):
     if not plain and any(len(set(_owners(text, owners, span))) > 1 for span in spans):
         ids, spans, typed = _tokens(tokenizer, segments, split=True)
     if not ids:
-        raise _bad_prompt(
-            f"The prompt {text[:40]!r} has no token this model knows: use other text."
-        )
+        raise bad_prompt(f"The prompt {text[:40]!r} has no token this model knows: use other text.")
     if plain:
         first = _beginning(tokenizer)
         ids, spans = [*first, *ids], [(0, 0)] * len(first) + spans
     if ids[:2] == [tokenizer.bos_token_id] * 2:
-        raise _bad_prompt(
+        raise bad_prompt(
             f"The prompt begins with {tokenizer.bos_token!r}, which the tokenizer adds as well: "
             "leave it out."
         )
@@ -239,6 +233,11 @@ def _read(tokenizer, segments, raw=False):
     parts = [_owners(text, owners, span)[0] for span in spans]
     labels = _numbered(_stretches(tokenizer, text, ids, spans))
     return Prompt(text, ids, spans, parts, labels, own, typed, segments, bare)
+
+
+def _spans(pieces, begin=0):
+    """The span of each of some texts that stand one behind the other."""
+    return list(pairwise(accumulate(map(len, pieces), initial=begin)))
 
 
 def _owners(text, owners, span):
@@ -255,16 +254,12 @@ def _tokens(tokenizer, segments, split=False):
     or in an answer.
     """
     text, controls = "".join(segment for segment, _ in segments), _controls(tokenizer)
-    trusted = [segment for segment, part in segments if part in _TRUSTED]
-    typed = tuple(
-        each
-        for each in controls
-        if text.count(each) > sum(segment.count(each) for segment in trusted)
-    )
+    trusted = _MARK[0].join(segment for segment, part in segments if part in _TRUSTED)
+    typed = tuple(each for each in controls if text.count(each) > trusted.count(each))
     if not typed and not split and not _trims(tokenizer):
         return *_encoded(tokenizer, text), typed
     if not tokenizer.is_fast:
-        raise _bad_prompt(
+        raise bad_prompt(
             f"The text holds {(typed or ('a piece of the template',))[0]!r}, and this model's "
             "tokenizer cannot tell typed text from a control token: take it out."
         )
@@ -278,7 +273,7 @@ def _tokens(tokenizer, segments, split=False):
     read = reader.encode((_MARK * split).join(pieces), add_special_tokens=False)
     tokens = [reader.id_to_token(number) for number in read.ids]
     if escaped := set(tokens) & set(marked):  # a vocabulary may spell it by other ways
-        raise _bad_prompt(
+        raise bad_prompt(
             f"The text holds {min(escaped)!r}, which this model's tokenizer always takes for a "
             "control token: take it out."
         )
@@ -300,7 +295,7 @@ def _encoded(tokenizer, text):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     spelled, spans = spelled_by(tokenizer, ids)
     if spelled != text:
-        raise _bad_prompt(
+        raise bad_prompt(
             "This model's tokenizer does not tell where its tokens stand in the text: take its "
             "fast tokenizer, a tokenizer.json."
         )
@@ -320,17 +315,10 @@ def _controls(tokenizer):
 
     Other added tokens, such as runs of spaces and words, are ordinary text.
     """
-    template = str(tokenizer.chat_template or "")
-    return tuple(
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if token.content.strip()
-        and (
-            token.special
-            or token.content in template
-            or (token.content[0], token.content[-1]) in (("<", ">"), ("[", "]"))
-        )
-    )
+    template, added = str(tokenizer.chat_template or ""), tokenizer.added_tokens_decoder.values()
+    special = {token.content: token.special for token in added if token.content.strip()}
+    bracketed = re.compile(r"<.*>|\[.*\]", re.DOTALL).fullmatch
+    return tuple(each for each in special if special[each] or each in template or bracketed(each))
 
 
 def _trims(tokenizer):
@@ -440,11 +428,10 @@ def spelled_by(
     tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()
 ) -> tuple[str, list[Span]]:
     """The text that ids spell after the ids ``before``, and the span of each in this text."""
-    text, spans = "", []
-    for piece, count in _runs(tokenizer, ids, before):
-        spans += [(len(text), len(text) + len(piece))] * count
-        text += piece
-    return text, spans
+    runs = list(_runs(tokenizer, ids, before))
+    text = "".join(piece for piece, _ in runs)
+    places = zip(_spans(piece for piece, _ in runs), runs, strict=True)
+    return text, [span for span, (_, count) in places for _ in range(count)]
 
 
 def continuation(tokenizer: Any, prompt: Prompt, text: str) -> tuple[list[int], bool]:
@@ -468,11 +455,7 @@ def continuation(tokenizer: Any, prompt: Prompt, text: str) -> tuple[list[int], 
 
 def _segments(breaker, text, begin, end):
     """Spans of what ICU takes for characters, words or sentences in a stretch of the text."""
-    spans = []
-    for piece in breaker(text[begin:end], _LOCALE):
-        spans.append((begin, begin + len(piece)))
-        begin += len(piece)
-    return spans
+    return _spans(breaker(text[begin:end], _LOCALE), begin)
 
 
 def _written(breaker, prompt):
@@ -587,25 +570,25 @@ def _unit(prompt, positions):
 
 def _source_stretches(prompt, sources):
     if isinstance(sources, str) or not sources:
-        raise _bad_sources("sources must be a list of passages of the prompt.")
+        raise bad_sources("sources must be a list of passages of the prompt.")
     own = [position for position, part in enumerate(prompt.parts) if part != "template"]
     begins, found = [_place(prompt, position, False) for position in own], []
     for index, source in enumerate(sources):
         if not isinstance(source, str) or not source.strip():
-            raise _bad_sources(f"Source {index} is empty: write its text.")
+            raise bad_sources(f"Source {index} is empty: write its text.")
         source = source.strip()
         places, here = _found(prompt, source), f"Source {index}, {source[:40]!r},"
         if len(places) != 1:
             how = f"stands {len(places)} times" if places else "does not stand"
-            raise _bad_sources(f"{here} {how} in the prompt: give text that stands there once.")
+            raise bad_sources(f"{here} {how} in the prompt: give text that stands there once.")
         ((first, last),) = places
         if not any(first <= begin < last for begin in begins):
-            raise _bad_sources(f"{here} is a part of one token: give whole words.")
+            raise bad_sources(f"{here} is a part of one token: give whole words.")
         found.append((first, last, index))
     found.sort()
     for (_, end, index), (begin, _, other) in pairwise(found):
         if begin < end:
-            raise _bad_sources(
+            raise bad_sources(
                 f"Sources {index} and {other} overlap in the prompt: give each stretch once."
             )
     stretches = []

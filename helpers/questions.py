@@ -19,6 +19,7 @@ from helpers.errors import InputError
 from helpers.prompts import (
     Prompt,
     Unit,
+    bad_prompt,
     continuation,
     decoded,
     half_a_pair,
@@ -440,17 +441,15 @@ def _check_size(tokenizer, read, named, room, context, vocabulary):
     ids = read.ids
     if context is not None and len(ids) + max(0, room - 1) > context:
         behind = f" with {room:,} more behind it" if room > 1 else ""
-        raise InputError(
+        raise bad_prompt(
             f"The prompt is {len(ids):,} tokens long{behind} and the model reads at most "
-            f"{context:,}: shorten it.",
-            field="prompt",
+            f"{context:,}: shorten it."
         )
     for number, token in tokenizer.added_tokens_decoder.items():
         if vocabulary is not None and number >= vocabulary and token.content in read.text:
-            raise InputError(
+            raise bad_prompt(
                 f"The prompt holds {token.content!r}, which was added to the tokenizer and for "
-                "which the model has no embedding: resize its embeddings, or take the token out.",
-                field="prompt",
+                "which the model has no embedding: resize its embeddings, or take the token out."
             )
     for role, some in zip(("prompt", "target", "foil"), (ids, *named), strict=True):
         for each in some or ():
