@@ -29,7 +29,7 @@ _BREAKERS = {"words": WordBreaker, "sentences": SentenceBreaker}
 _LOCALE = "en@ss=standard"  # "Mr." ends no sentence; words of other scripts do not depend on it
 _TRUSTED = ("template", "answer")  # parts in which a control token is one
 Span = tuple[int, int]
-half_a_pair = re.compile(r"[\ud800-\udfff]").search  # of surrogates, which no text can hold
+half_a_pair = re.compile(r"[\ud800-\udfff]").search  # of surrogates: no text can hold one
 bad_prompt = partial(InputError, field="prompt")
 bad_messages = partial(InputError, field="messages")
 bad_sources = partial(InputError, field="sources")
@@ -154,8 +154,7 @@ def _render(tokenizer, messages):
             "raw prompt, or take an instruct model.",
             field="chat",
         )
-    marks = [f"\ue000{index}\ue001" for index in range(len(messages))]
-    marked = [{**each, "content": mark} for each, mark in zip(messages, marks, strict=True)]
+    marked = [{**each, "content": f"\ue000{index}\ue001"} for index, each in enumerate(messages)]
     problem = None
     for wrap in (str, lambda text: [{"type": "text", "text": text}]):
         try:
@@ -270,7 +269,7 @@ def _tokens(tokenizer, segments, split=False):
         for segment, part in segments
     ]
     reader = _reader(tokenizer, marked)
-    read = reader.encode((_MARK * split).join(pieces), add_special_tokens=False)
+    read = reader.encode((_MARK if split else "").join(pieces), add_special_tokens=False)
     tokens = [reader.id_to_token(number) for number in read.ids]
     if escaped := set(tokens) & set(marked):  # a vocabulary may spell it by other ways
         raise bad_prompt(
@@ -289,10 +288,10 @@ def _tokens(tokenizer, segments, split=False):
 
 def _encoded(tokenizer, text):
     """Token ids of a text, without what a tokenizer adds around it, and their spans."""
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    ids = found["input_ids"]
     if tokenizer.is_fast:
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return found["input_ids"], found["offset_mapping"]
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids, found["offset_mapping"]
     spelled, spans = spelled_by(tokenizer, ids)
     if spelled != text:
         raise bad_prompt(
@@ -341,8 +340,11 @@ def _reader(tokenizer, marked):
     whole |= {"post_processor": None, "truncation": None, "padding": None}
     for token in whole["added_tokens"]:
         if token["content"] in marked:
-            content = _MARK + token["content"]
-            token |= {"content": content, "normalized": False, "single_word": False}
+            token |= {
+                "content": _MARK + token["content"],
+                "normalized": False,
+                "single_word": False,
+            }
     reader = Tokenizer.from_str(json.dumps(whole))
     reader.add_special_tokens([AddedToken(_MARK, normalized=False)])
     return reader

@@ -152,12 +152,11 @@ def ask(
 
 def ask_of(model: Any, question: Question) -> Question:
     """``question`` completed by one pass over what it reads and its target."""
-    ids = question.input_ids
-    if question.target is not None:
-        ids = torch.cat([ids, ids.new_tensor([question.target[:-1]])], dim=1)
-    count = len(question.target or (None,))
+    target = question.target or (None,)
+    ids = torch.cat([question.input_ids, question.input_ids.new_tensor([target[:-1]])], dim=1)
     with torch.inference_mode():
-        logits = model(ids, use_cache=False, logits_to_keep=count).logits[0, -count:].float()
+        logits = model(ids, use_cache=False, logits_to_keep=len(target)).logits
+    logits = logits[0, -len(target) :].float()  # [tokens of the target, vocab]
     return completed(question, read_facts(logits, question.target, question.rival))
 
 
@@ -205,18 +204,16 @@ def read_question(
     named = partial(_named, tokenizer, read, notes, rivals)
     ids, others = named("target", target, target_ids), named("foil", foil, foil_ids)
     if answer is not None and answer is not False:
+        bad_answer = partial(InputError, field="answer")
         if ids is not None:
-            raise InputError("Give a target or an answer, not both.", field="answer")
+            raise bad_answer("Give a target or an answer, not both.")
         if others is not None:
-            raise InputError(
-                "An answer has no foil: name target and foil, or the answer alone.", field="answer"
-            )
+            raise bad_answer("An answer has no foil: name target and foil, or the answer alone.")
         if isinstance(answer, str):
             ids = named("answer", answer)
         elif not isinstance(answer, int) or answer < 1:
-            raise InputError(
-                f"The answer {answer!r} is neither a text nor a number of tokens from 1.",
-                field="answer",
+            raise bad_answer(
+                f"The answer {answer!r} is neither a text nor a number of tokens from 1."
             )
     room = ANSWER if answer is True else answer if isinstance(answer, int) else 0
     room = max(room, len(ids or ()), len(others or ()))
@@ -263,17 +260,16 @@ def with_target(question: Question, target: Sequence[int]) -> Question:
     target, tokenizer = tuple(target), question.tokenizer
     before = question.input_ids[0].tolist()
     label = decoded(tokenizer, target, before)
+    bad_foil = partial(InputError, field="foil")
     if target == question.foil:
-        raise InputError(
+        raise bad_foil(
             f"The foil {label!r} is the target itself, so there is nothing to compare: choose "
-            "another foil.",
-            field="foil",
+            "another foil."
         )
-    if all(own == other for own, other in zip(target, question.foil or (None,), strict=False)):
-        raise InputError(
+    if question.foil and all(a == b for a, b in zip(target, question.foil, strict=False)):
+        raise bad_foil(
             f"The target {label!r} and the foil {question.foil_label!r} begin alike and one of "
-            "them ends there, so they are no alternatives: write both to the end of a word.",
-            field="foil",
+            "them ends there, so they are no alternatives: write both to the end of a word."
         )
     units = [unit for unit in question.units if unit.part != "answer"]
     if question.foil is None and len(target) > 1:
@@ -295,12 +291,10 @@ def completed(question: Question, facts: Facts) -> Question:
     own = facts.own == count or question.greedy  # whose passes may round a tie another way
     notes = list(question.notes)
     if not own:
-        begins = token_labels(tokenizer, [facts.top], before)[0]
-        goes = f"begins with {begins!r} ({facts.top_probability:.1%})"
-        if facts.own:
-            goes = (
-                f"goes on otherwise after {decoded(tokenizer, facts.target[: facts.own], before)!r}"
-            )
+        kept, first = facts.target[: facts.own], token_labels(tokenizer, [facts.top], before)[0]
+        goes = f"begins with {first!r} ({facts.top_probability:.1%})"
+        if kept:
+            goes = f"goes on otherwise after {decoded(tokenizer, kept, before)!r}"
         notes.append(f"The target is not the model's own answer, which {goes}.")
     if own and facts.target[0] == tokenizer.eos_token_id:
         notes.append("The model ends its text at once: its answer is empty.")
@@ -312,7 +306,7 @@ def completed(question: Question, facts: Facts) -> Question:
             )
     if facts.rank > BEST:
         notes.append(
-            f"The target is not among the model's ten best: its first token is "
+            "The target is not among the model's ten best: its first token is "
             f"number {facts.rank:,} of the next tokens."
         )
     # an answer of many tokens is improbable as a whole, even where the model is sure of each
@@ -333,7 +327,6 @@ def read_facts(
     whole = logits.logsumexp(dim=-1)  # [tokens]
     ids = tops[:1] if target is None else torch.tensor(list(target), device=logits.device)
     chosen = logits.gather(1, ids[:, None])[:, 0]  # [tokens]
-    matches = (best == chosen).tolist()
 
     def first(token):
         return float((logits[0, token] - whole[0]).exp())
@@ -344,7 +337,7 @@ def read_facts(
         top=int(tops[0]),
         top_probability=first(tops[0]),
         rank=1 + int((logits[0] > chosen[0]).sum()),
-        own=[*matches, False].index(False),
+        own=[*(best == chosen).tolist(), False].index(False),
         rivals=tuple((first(some.token), first(some.other)) for some in rivals),
     )
 
@@ -466,10 +459,8 @@ def _answer_units(question, target, before):
     """Units of the answer's own tokens but the last, which nothing was written after."""
     seq, tokenizer = question.input_ids.shape[1], question.tokenizer
     labels = token_labels(tokenizer, target, before)[:-1]
-    if question.grouping == "tokens":
-        return [Unit(label, (seq + i,), "answer") for i, label in enumerate(labels)]
     # all of an answer is one turn, also beside sources
-    kind = question.grouping if question.grouping in ("words", "sentences") else "turns"
+    kind = "turns" if question.grouping == "sources" else question.grouping
     text, spans = spelled_by(tokenizer, target[:-1], before)
     whole, parts = [(0, len(text), "answer")], ["answer"] * len(labels)
     units = prompt_units(Prompt(text, list(target[:-1]), spans, parts, labels, whole), kind)
