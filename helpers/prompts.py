@@ -55,8 +55,8 @@ class Prompt:
     ``parts[i]`` is one of ``PARTS``. ``own`` lists the stretches ``(begin, end, part)`` of the
     text that somebody wrote, as opposed to the template. A token that stands for no text, such as
     the beginning-of-text token, has an empty span and belongs to the template. ``typed`` are
-    control tokens that somebody wrote and that were read as text; ``segments`` are the pieces of
-    the text, each with its part, and ``bare`` its ids when these are read in one piece.
+    control tokens that somebody wrote and that were read as text. What goes on after the prompt is
+    read with its ``tail``: pieces of its text, each with its part, which make the ``tail_ids``.
     """
 
     text: str
@@ -66,8 +66,8 @@ class Prompt:
     labels: list[str]
     own: list[tuple[int, int, str]]
     typed: tuple[str, ...] = ()
-    segments: Sequence[tuple[str, str]] = ()
-    bare: Sequence[int] = ()
+    tail: Sequence[tuple[str, str]] = ()
+    tail_ids: Sequence[int] = ()
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def _read(tokenizer, segments, raw=False):
     if raw:
         segments = [(text, "template")]
     ids, spans, typed = _tokens(tokenizer, segments)
-    bare = ids
+    tail = _tail(tokenizer, segments, text, ids, spans)
     if not plain and any(len(set(_owners(text, owners, span))) > 1 for span in spans):
         ids, spans, typed = _tokens(tokenizer, segments, split=True)
     if not ids:
@@ -231,7 +231,21 @@ def _read(tokenizer, segments, raw=False):
     spans = _with_spaces(text, spans, {begin for begin, _, _ in own})
     parts = [_owners(text, owners, span)[0] for span in spans]
     labels = _numbered(_stretches(tokenizer, text, ids, spans))
-    return Prompt(text, ids, spans, parts, labels, own, typed, segments, bare)
+    return Prompt(text, ids, spans, parts, labels, own, typed, *tail)
+
+
+def _tail(tokenizer, segments, text, ids, spans):
+    """Segments and ids from the last control token on, which nothing before it can change."""
+    known = tokenizer.added_tokens_decoder if tokenizer.is_fast else {}
+    special = {number: token.content for number, token in known.items() if not token.normalized}
+    first, at, tail = 0, 0, []
+    for place, (number, span) in enumerate(zip(ids, spans, strict=True)):
+        if special.get(number) == text[slice(*span)]:
+            first, at = place, span[0]
+    for segment, part in segments:
+        tail.append((segment[max(0, at) :], part))
+        at -= len(segment)
+    return tail, ids[first:]
 
 
 def _spans(pieces, begin=0):
@@ -340,11 +354,7 @@ def _reader(tokenizer, marked):
     whole |= {"post_processor": None, "truncation": None, "padding": None}
     for token in whole["added_tokens"]:
         if token["content"] in marked:
-            token |= {
-                "content": _MARK + token["content"],
-                "normalized": False,
-                "single_word": False,
-            }
+            token.update(content=_MARK + token["content"], normalized=False, single_word=False)
     reader = Tokenizer.from_str(json.dumps(whole))
     reader.add_special_tokens([AddedToken(_MARK, normalized=False)])
     return reader
@@ -442,7 +452,7 @@ def continuation(tokenizer: Any, prompt: Prompt, text: str) -> tuple[list[int], 
     Where the last token of the prompt would be another one with ``text`` behind it, the ids are
     those of ``text`` behind something that it does not merge with, and the second value is true.
     """
-    before, (both, _, _) = prompt.bare, _tokens(tokenizer, [*prompt.segments, (text, "answer")])
+    before, (both, _, _) = prompt.tail_ids, _tokens(tokenizer, [*prompt.tail, (text, "answer")])
     if both[: len(before)] == before:
         return both[len(before) :], False
     for other in "\n.a":  # text alone would get the space that SentencePiece sets before a text
