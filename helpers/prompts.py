@@ -30,6 +30,7 @@ _LOCALE = "en@ss=standard"  # "Mr." ends no sentence; words of other scripts do 
 _TRUSTED = ("template", "answer")  # parts in which a control token is one
 Span = tuple[int, int]
 half_a_pair = re.compile(r"[\ud800-\udfff]").search  # of surrogates: no text can hold one
+# what is wrong with each part of a question that is read here
 bad_prompt = partial(InputError, field="prompt")
 bad_messages = partial(InputError, field="messages")
 bad_sources = partial(InputError, field="sources")
@@ -122,10 +123,8 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
             content = "".join(map(str, texts))
         _check_text(content, "messages", f"The content of message {index}")
         if role == "system" and index:
-            second = "second " * (found[0]["role"] == role)
-            raise bad_messages(
-                f"{here} is a {second}system message: keep one, as the first message."
-            )
+            nth = "second " * (found[0]["role"] == role)
+            raise bad_messages(f"{here} is a {nth}system message: keep one, as the first message.")
         if role == "assistant" and not any(some["role"] == "user" for some in found):
             raise bad_messages(
                 f"{here} is the assistant's, and the user has said nothing yet: begin with the "
@@ -236,11 +235,12 @@ def _read(tokenizer, segments, raw=False):
 
 def _tail(tokenizer, segments, text, ids, spans):
     """Segments and ids from the last control token on, which nothing before it can change."""
-    known = tokenizer.added_tokens_decoder if tokenizer.is_fast else {}
-    special = {number: token.content for number, token in known.items() if not token.normalized}
+    added = tokenizer.added_tokens_decoder.items() if tokenizer.is_fast else ()
+    # the others may be a piece of a word, or of what a normaliser makes of the text
+    apart = {i: each.content for i, each in added if not (each.normalized or each.single_word)}
     first, at, tail = 0, 0, []
     for place, (number, span) in enumerate(zip(ids, spans, strict=True)):
-        if special.get(number) == text[slice(*span)]:
+        if apart.get(number) == text[slice(*span)]:
             first, at = place, span[0]
     for segment, part in segments:
         tail.append((segment[max(0, at) :], part))

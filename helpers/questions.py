@@ -188,10 +188,8 @@ def read_question(
     sizes, and ``None`` checks neither. Without a target the question is open.
     """
     if objective not in OBJECTIVES:
-        raise InputError(
-            f"There is no objective {objective!r}: use {' or '.join(OBJECTIVES)}.",
-            field="objective",
-        )
+        known = " or ".join(OBJECTIVES)
+        raise InputError(f"There is no objective {objective!r}: use {known}.", field="objective")
     read = read_prompt(tokenizer, prompt, chat=chat, raw=raw)
     device = "cpu"
     if model is not None:
