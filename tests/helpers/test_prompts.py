@@ -387,6 +387,27 @@ def test_an_added_token_that_is_typed_stays_text(special, content, base):
     assert added in read_prompt(tokenizer, f"a {content} b", raw=True).ids
 
 
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+@pytest.mark.parametrize("base", ["toy", "prepend", "metaspace"])
+def test_an_added_token_that_takes_white_space_is_the_same_token_beside_a_typed_one(side, base):
+    tokenizer = copy.deepcopy(ALL[base])
+    tokenizer.add_tokens([AddedToken("[SEP]", special=True, normalized=False, **{side: True})])
+    tokenizer.chat_template = "{% for m in messages %}a [SEP] {{ m.content }}{% endfor %}"
+    added = tokenizer.convert_tokens_to_ids("[SEP]")
+    plain = read_prompt(tokenizer, [user("Hi")]).ids
+    typed = read_prompt(tokenizer, [user("Hi [SEP]")]).ids
+    assert plain.count(added) == typed.count(added) == 1
+    assert plain.index(added) == typed.index(added)
+    assert typed[: len(plain) - 1] == plain[:-1]
+
+
+def test_half_a_surrogate_pair_stands_nowhere(tiny):
+    prompt = read_prompt(tiny[1], "Riga is a city")
+    assert word_places(prompt, "\ud83d") == []
+    with pytest.raises(InputError, match="does not stand in the prompt"):
+        prompt_units(prompt, sources=["\ud83d"])
+
+
 def test_a_control_token_without_brackets_is_known_from_the_template():
     tokenizer = copy.deepcopy(ALL["toy"])
     tokenizer.add_tokens(["TURN_", "Covid"])
