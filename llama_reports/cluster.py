@@ -19,7 +19,7 @@ from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 
 from helpers.errors import InputError
-from helpers.provenance import code_version
+from llama_reports.versions import code_version
 
 PATIENCE = 120  # seconds to wait for a scheduler that went away, or for a first worker
 DEATHS = 1  # workers that may die under a task before it is set aside, on a cluster of our own

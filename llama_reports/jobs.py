@@ -16,10 +16,10 @@ from slugify import slugify
 
 from helpers.errors import InputError
 from helpers.models import BUNDLED, load_tokenizer, public_name, resolve_model
-from helpers.provenance import code_version, model_digest
 from helpers.questions import ANSWER, read_question
 from llama_reports.files import read_mapping
 from llama_reports.prompts import Entry, Row, is_reserved, parse_entry, read_entries
+from llama_reports.versions import code_version, model_digest
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 DEFAULT_NOTEBOOK = "08_comparison"

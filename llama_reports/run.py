@@ -17,10 +17,10 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 
 from helpers.models import BUNDLED, public_name
-from helpers.provenance import code_version
 from llama_reports.files import UNFINISHED, move_into_place
 from llama_reports.jobs import NOTEBOOKS, Job, literal
 from llama_reports.pages import report_page, thumbnail
+from llama_reports.versions import code_version
 
 ATTEMPTS = 2  # kernels that may die of one prompt
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)

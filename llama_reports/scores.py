@@ -24,10 +24,10 @@ import torch
 from helpers.attribution import BUDGET, METHODS, attribute_all
 from helpers.errors import InputError
 from helpers.models import BUNDLED, load_model, public_name, weights_digest
-from helpers.provenance import code_version
 from helpers.questions import Question, read_question
 from llama_reports.files import write_whole
 from llama_reports.jobs import Job
+from llama_reports.versions import code_version
 
 DEFAULT_METHODS = ("relevance", "saliency", "gradient_x_input", "random")
 PART = 512  # prompts: some ten thousand scores a method and file, and little lost by a kill

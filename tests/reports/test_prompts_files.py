@@ -24,10 +24,10 @@ import llama_reports
 from helpers import InputError, ask, attribute
 from helpers.attribution import METHODS
 from helpers.models import tiny_llama
-from helpers.provenance import code_version, model_digest
 from llama_reports import jobs as jobs_module
 from llama_reports.jobs import find_notebook, finished, notebook_digest, plan
 from llama_reports.prompts import LONGEST_LINE, Entry, read_entries
+from llama_reports.versions import code_version, model_digest
 
 TEXTS = ("prompt", "id", "target", "foil", "answer", "units", "evidence", "notebook")
 LISTS = ("methods", "sources")
@@ -328,6 +328,7 @@ import resource
 import sys
 from pathlib import Path
 from llama_reports.prompts import InputError, parse_entry, read_entries
+from llama_reports.versions import code_version, model_digest
 
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000, -1))
@@ -745,7 +746,7 @@ def test_the_models_digest_is_of_weights_tokenizer_and_template(tmp_path):
 
 
 def test_the_codes_version_changes_with_any_source(tmp_path, monkeypatch):
-    from helpers import provenance
+    from llama_reports import versions as provenance
 
     (tmp_path / "inner" / "__pycache__").mkdir(parents=True)
     monkeypatch.setattr(provenance, "SOURCES", tmp_path)
@@ -759,7 +760,7 @@ def test_the_codes_version_changes_with_any_source(tmp_path, monkeypatch):
 
 
 def test_the_codes_version_is_that_of_helpers_whatever_becomes_of_a_page(tmp_path, monkeypatch):
-    from helpers import provenance
+    from llama_reports import versions as provenance
 
     for package in (helpers, llama_reports):
         folder = Path(package.__file__).resolve().parent
