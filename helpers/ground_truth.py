@@ -11,7 +11,7 @@ objects).
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import combinations, permutations, product
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,10 @@ import torch
 import yaml
 
 from helpers.errors import InputError
-from helpers.prompts import read_prompt
 from helpers.questions import Question, completed, read_facts, read_question
 
 DATA = Path(__file__).parent / "data" / "ground_truth.yml"
-FAMILIES = (
-    "indirect_object",
-    "agreement",
-    "determiner_noun",
-    "anaphor_gender",
-    "capital",
-    "copy",
-)
+FAMILIES = ("indirect_object", "agreement", "determiner_noun", "anaphor_gender", "capital", "copy")
 CANDIDATES = {"tuning": 200, "reporting": 640}  # cases a family, both directions counted
 CASES_PER_PASS = 16  # as many as are tokenised and run before the first one is handed out
 
@@ -75,8 +67,7 @@ def cases(family: str, split: str) -> list[Case]:
     def pick(some):  # of this module only random() is promised to stay the same
         return some[int(generator.random() * len(some))]
 
-    found: list[Case] = []
-    seen: set[str] = set()
+    found: dict[str, Case] = {}
     for _ in range(10 * CANDIDATES[split]):
         (evidence, answer), (other, other_answer) = pick(pairs)
         template = pick(words["templates"])
@@ -84,27 +75,24 @@ def cases(family: str, split: str) -> list[Case]:
         filling |= {"first": evidence, "second": other}
         prompt = template.format(**filling, evidence=evidence)
         counterfactual = template.format(**filling, evidence=other)
-        if len(found) < CANDIDATES[split] and not seen & {prompt, counterfactual}:
-            seen |= {prompt, counterfactual}
+        if len(found) < CANDIDATES[split] and not found.keys() & {prompt, counterfactual}:
             answers = f" {answer}", f" {other_answer}"
-            found.append(Case(family, split, prompt, *answers, evidence, counterfactual))
-            found.append(Case(family, split, counterfactual, *answers[::-1], other, prompt))
-    return found
+            found[prompt] = Case(family, split, prompt, *answers, evidence, counterfactual)
+            found[counterfactual] = Case(
+                family, split, counterfactual, *answers[::-1], other, prompt
+            )
+    return list(found.values())
 
 
 def _pairs(words):
     """All ``((evidence, answer), (evidence, answer))`` that the words of a family allow."""
     if "names" in words:  # the one who acts does so to the other
         return [((one, two), (two, one)) for one, two in permutations(words["names"], 2)]
-    if "capital_of" in words:
-        return list(combinations(words["capital_of"].items(), 2))
-    if "copied" in words:
-        return list(combinations([(word, word) for word in words["copied"]], 2))
-    return [
-        ((one, answer), (two, other))
-        for one, two in words["evidence"]
-        for answer, other in words["answers"]
-    ]
+    if "evidence" in words:  # any two words with any two answers
+        some = product(words["evidence"], words["answers"])
+        return [((one, answer), (two, other)) for (one, two), (answer, other) in some]
+    answers = words.get("capital_of") or {word: word for word in words["copied"]}
+    return list(combinations(answers.items(), 2))
 
 
 # --- which of them a model can answer ----------------------------------------------------------
@@ -126,48 +114,44 @@ def solved(
     not have looked at the evidence.
     """
     for start in range(0, len(cases), CASES_PER_PASS):
-        usable = []  # (case, prompt ids, counterfactual ids, target, foil)
+        usable: list[Any] = []  # (case, question, counterfactual question)
         for case in cases[start : start + CASES_PER_PASS]:
-            both = [read_prompt(tokenizer, text).ids for text in (case.prompt, case.counterfactual)]
-            target, foil = (
-                tokenizer(text, add_special_tokens=False)["input_ids"][0]
-                for text in (case.target, case.foil)
-            )
-            if target != foil and len(both[0]) == len(both[1]) and _one_run(*both):
-                usable.append((case, *map(tuple, both), target, foil))
-        logits = _next_logits(model, {ids for _, *both, _, _ in usable for ids in both})
-        for case, ids, other, target, foil in usable:
-            if (
-                logits[ids][target] > logits[ids][foil]
-                and logits[other][target] < logits[other][foil]
-            ):
-                named: Any = {"target_ids": [target], "foil_ids": [foil], "model": model}
-                asked = [
-                    completed(
-                        read_question(tokenizer, text, **named),
-                        read_facts(logits[read][None], [target]),
-                    )
-                    for text, read in ((case.prompt, ids), (case.counterfactual, other))
-                ]
-                yield case, *asked
+            answers = tokenizer([case.target, case.foil], add_special_tokens=False)["input_ids"]
+            (target, *_), (foil, *_) = answers
+            if target == foil:
+                continue
+            named: Any = {"target_ids": [target], "foil_ids": [foil], "model": model}
+            texts = case.prompt, case.counterfactual
+            both = [read_question(tokenizer, text, **named) for text in texts]
+            if _one_run(*both):
+                usable.append((case, *both))
+        logits = _next_logits(model, [one for _, *both in usable for one in both])
+        for (case, *both), first, second in zip(usable, logits[::2], logits[1::2], strict=True):
+            (target,), (foil,) = both[0].target, both[0].foil
+            if first[target] > first[foil] and second[target] < second[foil]:
+                facts = [read_facts(row[None], [target]) for row in (first, second)]
+                yield case, *map(completed, both, facts)
 
 
-def _one_run(ids, other):
-    """Whether two lists of equal length differ, and in neighbouring places only."""
-    places = [place for place, (a, b) in enumerate(zip(ids, other, strict=True)) if a != b]
+def _one_run(question, other):
+    """Whether two prompts are of equal length and differ, in neighbouring places only."""
+    if question.input_ids.shape != other.input_ids.shape:
+        return False
+    places = evidence_positions(question, other)
     return bool(places) and places[-1] - places[0] == len(places) - 1
 
 
-def _next_logits(model, prompts):
-    """The next-token logits [vocab] of each prompt, a tuple of ids: those of a length together."""
+def _next_logits(model, questions):
+    """The next-token logits [vocab] of each question: prompts of a length are run together."""
     device = model.get_input_embeddings().weight.device
+    prompts = [tuple(question.input_ids[0].tolist()) for question in questions]
     found = {}
-    for length in {len(prompt) for prompt in prompts}:
-        rows = sorted(prompt for prompt in prompts if len(prompt) == length)
+    for length in set(map(len, prompts)):
+        rows = sorted({prompt for prompt in prompts if len(prompt) == length})
         with torch.inference_mode():
             output = model(torch.tensor(rows, device=device), use_cache=False, logits_to_keep=1)
         found.update(zip(rows, output.logits[:, -1].float().cpu(), strict=True))
-    return found
+    return [found[prompt] for prompt in prompts]
 
 
 # --- how well a method did ---------------------------------------------------------------------

@@ -389,11 +389,11 @@ def tiny_llama(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        name_or_path="tiny-llama",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
+    model.name_or_path = model.config.name_or_path = "tiny-llama"
     model.requires_grad_(False)
     return model.eval(), tokenizer
 

@@ -5,6 +5,7 @@ on, given a counterfactual: a prompt of the same length to which the model answe
 """
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -75,18 +76,14 @@ def patch_positions(
     layers, seq = len(model.model.layers), clean.input_ids.shape[1]
     chosen = _chosen(depths, layers + 1, "depth")
     first = first_difference(clean, corrupted)
-    differs = (clean.input_ids != corrupted.input_ids)[0].tolist()
     places = _chosen(positions, seq, "position")
-    effects = torch.full((layers + 1, seq), torch.nan)
-    effects[torch.tensor(chosen)[:, None], torch.tensor(places)] = 0.0
-    cells = [
-        (depth, position)
-        for depth in chosen  # in ascending order: rows join in the order of their layers
-        for position in places
-        if (depth > 0 or differs[position])  # the same token has the same embedding
-        and (depth < layers or position == seq - 1)  # of the last states only this one is read
-        and position >= first
-    ]
+    matters = torch.zeros(layers + 1, seq, dtype=torch.bool)
+    matters[torch.tensor(chosen)[:, None], torch.tensor(places)] = True
+    effects = torch.zeros(layers + 1, seq).where(matters, torch.nan)
+    matters[:, :first] = False
+    matters[0] &= (clean.input_ids != corrupted.input_ids)[0]  # the same token, the same embedding
+    matters[-1, :-1] = False  # of the last states only that of the last position is read
+    cells = matters.nonzero().tolist()  # rows join in the order of their layers
     with torch.inference_mode(), asking(model, [clean]) as asked:
         if asked.embeds.shape[1] > 1:
             raise InputError(
@@ -103,7 +100,7 @@ def patch_positions(
             first = 0
 
         def run(some):
-            return patched_objectives(asked, pair[:, first:], some, first, cache)
+            return _objectives(asked, pair[:, first:], some, first, cache)
 
         given, received = run([]).tolist()
         moved = given - received
@@ -122,26 +119,18 @@ def patch_positions(
     return Patching(effects, whole, other, direction, 2 + len(cells))
 
 
-def patched_objectives(
-    asked: Asked,
-    pair: torch.Tensor,
-    cells: list[tuple[int, int]],
-    first: int = 0,
-    cache: DynamicCache | None = None,
-) -> torch.Tensor:
+def _objectives(asked, pair, cells, first, cache):
     """The objective of two runs, and of the second with one state from the first: [2 + cells].
 
     ``pair`` [2, length, dim] are the embeddings of both from position ``first`` on; what stands
     before is the same in both, its keys and values are in ``cache``. ``cells`` are (depth,
     position), depths ascending.
     """
-    model = asked.model
-    by_depth: dict[int, list[int]] = {0: []}
+    modules = [*asked.model.model.layers, asked.model.model.norm]
+    by_depth = {0: []}
     for depth, position in cells:
         by_depth.setdefault(depth, []).append(position - first)
-    modules = [*model.model.layers, model.model.norm]
-    hooks = []
-    try:
+    with ExitStack() as hooks:
         for depth, positions in by_depth.items():
 
             def join(module, args, depth=depth, positions=positions):
@@ -151,15 +140,12 @@ def patched_objectives(
                 patched[range(len(positions)), positions] = states[0, positions]
                 return (torch.cat([states, patched]), *args[1:])
 
-            hooks.append(modules[depth].register_forward_pre_hook(join))
+            hooks.enter_context(modules[depth].register_forward_pre_hook(join))
         past = None if cache is None else _shared(cache, first, cells)
         places = asked.positions.expand(2 + len(cells), -1) - first
         options = {} if past is None else {"past_key_values": past, "use_cache": True}
         read, _ = asked.read(pair[:1, None], places, **options)
         return asked.values_of(read)[:, 0]
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _shared(cache, first, cells):
@@ -167,10 +153,8 @@ def _shared(cache, first, cells):
     past = DynamicCache()
     for index, layer in enumerate(cache.layers):
         rows = 2 + sum(depth <= index for depth, _ in cells)
-        keys, values = (
-            some[:, :, :first].expand(rows, -1, -1, -1) for some in (layer.keys, layer.values)
-        )
-        past.update(keys, values, index)
+        both = [some[:, :, :first].expand(rows, -1, -1, -1) for some in (layer.keys, layer.values)]
+        past.update(*both, index)
     return past
 
 

@@ -8,7 +8,7 @@ Tokens are drawn as text, never as markup.
 import io
 import unicodedata
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,24 +54,23 @@ def token_text(
     default the largest magnitude.
     """
     scores = np.asarray(scores, dtype=float)
-    colour, top = _colours(scores, signed, limit)
+    faces, top = _colours(scores, signed, limit)
     numbers = len(labels) <= 60
     line_height = 2.0 if numbers else 1.3
+    centred = {"ha": "center", "va": "center", **_literal()}
     x, y = 0.0, 0.0
-    for label, score in zip(labels, scores, strict=True):
+    for label, score, face in zip(labels, scores, faces, strict=True):
         text = readable(label)
         below = f"{score:+.2f}" if signed else f"{score:.2g}"
         width = max(len(text), len(below) * 0.8 if numbers else 0) + 0.8
         if x and x + width > line_width:
             x, y = 0.0, y - line_height
-        face = colour(score)
         hatch = "///" if signed and not numbers and score < -top / 4 else None
         ax.add_patch(Rectangle((x, y - 0.5), width, 1, fc=face, ec="white", hatch=hatch))
-        ink = _ink(face)
         centre = x + width / 2
-        ax.text(centre, y, text, color=ink, size=9, **_text_style())
+        ax.text(centre, y, text, color=_ink(face), size=9, **centred)
         if numbers:
-            ax.text(centre, y - 0.85, below, color="0.3", size=6.5, **_text_style())
+            ax.text(centre, y - 0.85, below, color="0.3", size=6.5, **centred)
         x += width
     ax.set(xlim=(0, line_width), ylim=(y - 1.4, 0.7))
     ax.axis("off")
@@ -99,20 +98,18 @@ def token_bars(
     """
     scores = np.asarray(scores, dtype=float)
     shown = largest(scores, most)
-    names = [readable(labels[i]) for i in shown]
-    if len(shown) < len(scores):
-        names = [f"{name}  ({i})" for name, i in zip(names, shown, strict=True)]
-    colour, _ = _colours(scores, signed)
+    place = "  ({})" if len(shown) < len(scores) else ""
+    names = [readable(labels[i]) + place.format(i) for i in shown]
     bars = ax.barh(
         range(len(shown)),
         scores[shown],
         xerr=None if errors is None else np.asarray(errors, dtype=float)[shown],
-        color=[colour(s) for s in scores[shown]],
+        color=_colours(scores, signed)[0][shown],
         edgecolor="0.3",
         error_kw={"capsize": 3, "elinewidth": 1},
     )
     ax.bar_label(bars, [value.format(s) for s in scores[shown]], padding=3, fontsize=8)
-    ax.set_yticks(range(len(shown)), names, **_tick_style())
+    ax.set_yticks(range(len(shown)), names, **_literal())
     ax.invert_yaxis()
     ax.axvline(0, color="0.3", linewidth=0.8)
     ax.margins(x=0.18)
@@ -140,19 +137,16 @@ def token_matrix(
     rows = np.asarray(rows, dtype=float)
     share = np.abs(rows) / np.maximum(np.abs(rows).max(axis=1, keepdims=True), 1e-12)
     shown = largest(share.max(axis=0), most)
-    columns = [readable(labels[i]) for i in shown]
-    if len(shown) < rows.shape[1]:
-        columns = [f"{name} ({i})" for name, i in zip(columns, shown, strict=True)]
-    colour, _ = _colours(rows, signed, limit)
-    picture = [[colour(value) for value in row] for row in rows[:, shown]]
+    place = " ({})" if len(shown) < rows.shape[1] else ""
+    columns = [readable(labels[i]) + place.format(i) for i in shown]
+    picture = _colours(rows, signed, limit)[0][:, shown]  # [len(names), columns, 4]
     ax.imshow(picture, aspect="auto")
     crowded = {"size": 7, "rotation": 90} if len(shown) > 10 else {"size": 8}
-    for i, row in enumerate(rows[:, shown]):
-        for j, score in enumerate(row):
-            ink = _ink(picture[i][j])
-            ax.text(j, i, value.format(score), ha="center", va="center", color=ink, **crowded)
-    ax.set_yticks(range(len(names)), [str(name) for name in names], **_tick_style())
-    ax.set_xticks(range(len(shown)), columns, rotation=45, ha="right", **_tick_style())
+    for (i, j), score in np.ndenumerate(rows[:, shown]):
+        style = {"ha": "center", "va": "center", "color": _ink(picture[i, j]), **crowded}
+        ax.text(j, i, value.format(score), **style)
+    ax.set_yticks(range(len(names)), [str(name) for name in names], **_literal())
+    ax.set_xticks(range(len(shown)), columns, rotation=45, ha="right", **_literal())
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     return ax
@@ -226,11 +220,11 @@ def _png(fig):
 
 
 def _colours(scores, signed, limit=None):
-    """A function from score to colour, and the score at full colour."""
+    """The colours of an array of scores, [..., 4], and the score at full colour."""
     finite = np.abs(scores[np.isfinite(scores)])
     top = limit or max(finite.max(initial=0.0), 1e-12)
     map_ = plt.get_cmap(DIVERGING if signed else SEQUENTIAL)
-    return (lambda score: map_((score / top + 1) / 2 if signed else score / top)), top
+    return map_((scores / top + 1) / 2 if signed else scores / top), top
 
 
 def _ink(face):
@@ -242,21 +236,17 @@ def _ink(face):
 def _drawable(character):
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp"):
         return False
-    return any(ord(character) in characters for _, characters in _installed_fonts())
+    return any(ord(character) in characters for characters in _installed_fonts().values())
 
 
-@lru_cache(maxsize=1)
+@cache
 def _installed_fonts():
-    """``(family, characters)`` of every font in ``_FONTS`` that this machine has."""
+    """``{family: characters}`` of every font in ``_FONTS`` that this machine has."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     names = [name for name in _FONTS if name in installed]
-    return [(name, set(FT2Font(font_manager.findfont(name)).get_charmap())) for name in names]
+    return {name: set(FT2Font(font_manager.findfont(name)).get_charmap()) for name in names}
 
 
-def _tick_style():
-    families = [family for family, _ in _installed_fonts()]
-    return {"fontfamily": families, "parse_math": False}  # a $ in a prompt is a dollar
-
-
-def _text_style():
-    return {"ha": "center", "va": "center", **_tick_style()}
+def _literal():
+    """How a token is drawn as it is: a $ in a prompt is a dollar."""
+    return {"fontfamily": list(_installed_fonts()), "parse_math": False}
