@@ -77,18 +77,18 @@ def erasure_curves(
     taken = orders.argsort()[:, None, :] < counts[:, None]  # [orders, steps + 1, units]
     variants, place = torch.stack([~taken, taken]).flatten(0, 2).unique(dim=0, return_inverse=True)
 
-    def run(asked_question):
-        with working_precision(model, precision), asking(model, [asked_question]) as asked:
+    def run(objective):
+        some = replace(question, objective=objective)
+        with working_precision(model, precision), asking(model, [some]) as asked:
             _, (values,) = coalition_values(asked, [variants], replacement)
         return values[:, 0].cpu()
 
-    values = logs = run(question)
-    if question.objective == "logit":
-        logs = run(replace(question, objective="log_probability"))
+    values = {name: run(name) for name in {question.objective, "log_probability"}}
+    logs = values["log_probability"]
     probabilities = logs.exp() if question.foil is None else logs.sigmoid()
-    both = torch.stack([values, probabilities], dim=-1)[place].view(2, *taken.shape[:2], 2)
-    passes = 2 if question.objective == "logit" else 1
-    return Curves(counts, both[0], both[1], forwards=passes * (len(variants) + 1))
+    both = torch.stack([values[question.objective], probabilities], dim=-1)[place]
+    deletion, insertion = both.view(2, *taken.shape[:2], 2)
+    return Curves(counts, deletion, insertion, forwards=len(values) * (len(variants) + 1))
 
 
 def importance_order(result: Attribution) -> torch.Tensor:

@@ -81,8 +81,9 @@ def patch_positions(
     matters[torch.tensor(chosen)[:, None], torch.tensor(places)] = True
     effects = torch.zeros(layers + 1, seq).where(matters, torch.nan)
     matters[:, :first] = False
-    matters[0] &= (clean.input_ids != corrupted.input_ids)[0]  # the same token, the same embedding
-    matters[-1, :-1] = False  # of the last states only that of the last position is read
+    # the same token has the same embedding, and of the last states only the last one is read
+    matters[0] &= (clean.input_ids != corrupted.input_ids)[0].cpu()
+    matters[-1, :-1] = False
     cells = matters.nonzero().tolist()  # rows join in the order of their layers
     with torch.inference_mode(), asking(model, [clean]) as asked:
         if asked.embeds.shape[1] > 1:

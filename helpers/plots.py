@@ -234,9 +234,8 @@ def _ink(face):
 
 
 def _drawable(character):
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp"):
-        return False
-    return any(ord(character) in characters for characters in _installed_fonts().values())
+    unseen = unicodedata.category(character)[0] in "CZ"  # controls and separators
+    return not unseen and any(ord(character) in some for some in _installed_fonts().values())
 
 
 @cache
