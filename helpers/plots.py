@@ -21,6 +21,8 @@ from matplotlib.patches import Rectangle
 
 DIVERGING = "RdBu_r"  # red pushes the answer up, blue pushes it down
 SEQUENTIAL = "cividis"
+LINE = 72  # characters of running text
+LONGEST = 32  # characters of a label
 
 # Drawn with the first of these that is installed and has the character.
 _FONTS = [
@@ -44,7 +46,6 @@ def token_text(
     scores: Any,
     *,
     signed: bool = True,
-    line_width: int = 72,
     limit: float | None = None,
 ) -> Any:
     """The prompt as running text, each token on a background that shows its score.
@@ -62,17 +63,17 @@ def token_text(
     for label, score, face in zip(labels, scores, faces, strict=True):
         text = readable(label)
         below = f"{score:+.2f}" if signed else f"{score:.2g}"
-        width = max(len(text), len(below) * 0.8 if numbers else 0) + 0.8
-        if x and x + width > line_width:
+        width = max(len(text), len(below) * 0.9 if numbers else 0) + 0.8
+        if x and x + width > LINE:
             x, y = 0.0, y - line_height
         hatch = "///" if signed and not numbers and score < -top / 4 else None
         ax.add_patch(Rectangle((x, y - 0.5), width, 1, fc=face, ec="white", hatch=hatch))
         centre = x + width / 2
         ax.text(centre, y, text, color=_ink(face), size=9, **centred)
         if numbers:
-            ax.text(centre, y - 0.85, below, color="0.3", size=6.5, **centred)
+            ax.text(centre, y - 0.85, below, color="0.3", size=8, **centred)
         x += width
-    ax.set(xlim=(0, line_width), ylim=(y - 1.4, 0.7))
+    ax.set(xlim=(0, LINE), ylim=(y - 1.4, 0.7))
     ax.axis("off")
     lines = 1 - y / line_height
     ax.figure.set_size_inches(9, 0.6 + lines * (0.5 if numbers else 0.3))
@@ -141,10 +142,10 @@ def token_matrix(
     columns = [readable(labels[i]) + place.format(i) for i in shown]
     picture = _colours(rows, signed, limit)[0][:, shown]  # [len(names), columns, 4]
     ax.imshow(picture, aspect="auto")
-    crowded = {"size": 7, "rotation": 90} if len(shown) > 10 else {"size": 8}
+    turned = 90 if len(shown) > 10 else 0
     for (i, j), score in np.ndenumerate(rows[:, shown]):
-        style = {"ha": "center", "va": "center", "color": _ink(picture[i, j]), **crowded}
-        ax.text(j, i, value.format(score), **style)
+        style = {"ha": "center", "va": "center", "color": _ink(picture[i, j])}
+        ax.text(j, i, value.format(score), size=8, rotation=turned, **style)
     ax.set_yticks(range(len(names)), [str(name) for name in names], **_literal())
     ax.set_xticks(range(len(shown)), columns, rotation=45, ha="right", **_literal())
     ax.tick_params(length=0)
@@ -153,20 +154,20 @@ def token_matrix(
 
 
 def shown_units(
-    units: Sequence[Any], rows: Any, template: bool = False, longest: int = 32
+    units: Sequence[Any], rows: Any, template: bool = False
 ) -> tuple[list[str], np.ndarray]:
     """Labels and scores as figures show them: the chat template's units are one last column.
 
     ``rows`` holds numbers [..., units]. The column ``(template)`` is the sum of all units whose
     part is ``"template"``: hidden, never lost. ``template=True`` shows these one by one. A label of
-    more than ``longest`` characters is cut off.
+    more than ``LONGEST`` characters is cut off.
 
     Returns the labels and an array [..., columns].
     """
     rows = np.asarray(rows, dtype=float)
     hidden = np.array([unit.part == "template" and not template for unit in units], dtype=bool)
     labels = [unit.label for unit, gone in zip(units, hidden, strict=True) if not gone]
-    labels = [name if len(name) <= longest else f"{name[: longest - 1]}…" for name in labels]
+    labels = [name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…" for name in labels]
     if not hidden.any():
         return labels, rows
     summed = rows[..., hidden].sum(axis=-1, keepdims=True)
