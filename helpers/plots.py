@@ -142,7 +142,9 @@ def token_matrix(
     columns = [readable(labels[i]) + place.format(i) for i in shown]
     picture = _colours(rows, signed, limit)[0][:, shown]  # [len(names), columns, 4]
     ax.imshow(picture, aspect="auto")
-    turned = 90 if len(shown) > 10 else 0
+    widest = max(len(value.format(score)) for score in rows[:, shown].flat)
+    room = 72 * ax.figure.get_figwidth() * ax.get_position().width / len(shown)  # points
+    turned = 90 if 5 * widest > room else 0  # a figure of 8 points is 5 wide
     for (i, j), score in np.ndenumerate(rows[:, shown]):
         style = {"ha": "center", "va": "center", "color": _ink(picture[i, j])}
         ax.text(j, i, value.format(score), size=8, rotation=turned, **style)
