@@ -10,9 +10,10 @@ import io
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
-from importlib.metadata import version
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ import torch
 
 from helpers.attribution import BUDGET, METHODS, attribute_all
 from helpers.errors import InputError
-from helpers.models import BUNDLED, load_model, public_name, weights_digest
+from helpers.models import BUNDLED, load_model
+from helpers.provenance import provenance
 from helpers.questions import Question, read_question
 from llama_reports.files import write_whole
 from llama_reports.jobs import Job
@@ -153,29 +155,22 @@ def score_part(
     Raises ``InputError`` for a model that cannot be loaded or does not support a method, and the
     error that was met if not one prompt could be run; then nothing was written.
     """
-    found = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        return _score_part(jobs, Path(out), model, dtype, tuple(methods), each)
-    finally:
-        torch.set_num_threads(found)
-
-
-def _score_part(jobs, out, model_name, dtype, methods, each):
     clock = [time.perf_counter()]
     jobs = list({job.identity: job for job in jobs}.values())
-    model, tokenizer, origin = _loaded(model_name, dtype)
-    for _ in attribute_all(model, [], methods):  # refuses a method before anything is run
-        pass
-    clock.append(time.perf_counter())
-    asked = [_ask(model, tokenizer, job) for job in jobs]
-    clock.append(time.perf_counter())
-    answers = _answers(model, jobs, asked, methods, each)
-    clock.append(time.perf_counter())
-    tables = _tables(tokenizer, jobs, answers, methods, origin)
     name = f"part-{_digest(jobs)}.parquet"
-    written = sum(_write(out / folder / name, table) for folder, table in tables)
-    clock.append(time.perf_counter())
+    with ExitStack() as after:
+        after.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(threads)
+        loaded, tokenizer, origin = _loaded(model, dtype)
+        list(attribute_all(loaded, [], methods))  # refuses a method before anything is run
+        clock.append(time.perf_counter())
+        asked = [_ask(loaded, tokenizer, job) for job in jobs]
+        clock.append(time.perf_counter())
+        answers = _answers(loaded, jobs, asked, methods, each)
+        clock.append(time.perf_counter())
+        tables = _tables(tokenizer, jobs, answers, methods, origin)
+        written = sum(_write(Path(out, folder, name), table) for folder, table in tables)
+        clock.append(time.perf_counter())
     spent = [after - before for before, after in pairwise(clock)]
     done = [answer[0] for answer in answers if not isinstance(answer, Exception)]
     return {
@@ -192,16 +187,8 @@ def _score_part(jobs, out, model_name, dtype, methods, each):
 def _loaded(name, dtype):
     """The model, its tokenizer, and the columns that say where its numbers come from."""
     model, tokenizer = load_model(name, dtype=dtype)
-    origin = {
-        "model": public_name(name),
-        "weights_sha256": weights_digest(name),
-        "code_version": code_version(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "attention_implementation": model.config._attn_implementation,
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-    }
+    nothing = Question("", torch.zeros(1, 0), [], [], [])  # a prompt's own facts go over its
+    origin = provenance(model, nothing, model_name=name) | {"code_version": code_version()}
     return model, tokenizer, origin
 
 
@@ -230,31 +217,28 @@ def _answers(model, jobs, asked, methods, each):
             groups.setdefault(_methods(job, methods), []).append(place)
     found: dict[int, Any] = {}
     for wanted, places in groups.items():
-        _attribute(model, asked, places, wanted, each, found)
+        answers = _attribute(model, [asked[place] for place in places], wanted, each)
+        found.update(zip(places, answers, strict=True))
     if found and all(isinstance(answer, Exception) for answer in found.values()):
         raise next(iter(found.values()))  # the fault is not a prompt's
-    answers = [found.get(place, error) for place, error in enumerate(asked)]
-    return [_checked(answer) for answer in answers]
+    return [_checked(found.get(place, error)) for place, error in enumerate(asked)]
 
 
-def _attribute(model, asked, places, methods, each, found):
-    """Put the answers of ``places`` into ``found``, or what went wrong there.
+def _attribute(model, questions, methods, each):
+    """The answers to ``questions``, or what went wrong there.
 
     Where a batch fails it is halved, until what fails stands alone.
     """
-    questions = [asked[place] for place in places]
     try:
-        done = attribute_all(model, questions, methods, each=each, budget=BUDGET)
-        found.update(zip(places, done, strict=True))
+        return list(attribute_all(model, questions, methods, each=each, budget=BUDGET))
     except torch.AcceleratorError:  # of a device that is lost
         raise
     except Exception as error:
-        if len(places) == 1:
-            found[places[0]] = error.with_traceback(None)  # which holds tensors
-            return
-        half = len(places) // 2
-        for some in (places[:half], places[half:]):
-            _attribute(model, asked, some, methods, each, found)
+        if len(questions) == 1:
+            return [error.with_traceback(None)]  # which holds tensors
+    half = len(questions) // 2
+    halves = (questions[:half], questions[half:])
+    return [answer for some in halves for answer in _attribute(model, some, methods, each)]
 
 
 def _checked(answer):
@@ -282,31 +266,21 @@ def _checked(answer):
 
 def _tables(tokenizer, jobs, answers, methods, origin):
     """``(folder, table)`` in the order they are written, ``prompts`` last."""
-    scores, evidence, prompts = {}, {}, _columns(PROMPTS)
+    scores, evidence, prompts = defaultdict(lambda: defaultdict(list)), defaultdict(list), []
     for job, answer in zip(jobs, answers, strict=True):
-        _append(prompts, _prompt_row(tokenizer, job, answer, _methods(job, methods)) | origin)
+        prompts.append(origin | _prompt_row(tokenizer, job, answer, _methods(job, methods)))
         if isinstance(answer, Exception):
             continue
         _, results = answer
         losses = results["occlusion"].scores if "occlusion" in results else None
         for method, result in results.items():
-            _extend_scores(scores.setdefault(method, _columns(SCORES)), job, result)
-            rows = evidence.setdefault(method, _columns(EVIDENCE))
-            _append(rows, _evidence_row(job, result, losses))
+            _extend_scores(scores[method], job, result)
+            evidence[method].append(_evidence_row(job, result, losses))
     for method in METHODS:
         if method in scores:
             yield f"scores/method={method}", pa.table(scores[method], SCORES)
-            yield f"evidence/method={method}", pa.table(evidence[method], EVIDENCE)
-    yield "prompts", pa.table(prompts, PROMPTS)
-
-
-def _columns(schema):
-    return {name: [] for name in schema.names}
-
-
-def _append(columns, row):
-    for name, values in columns.items():
-        values.append(row[name])
+            yield f"evidence/method={method}", pa.Table.from_pylist(evidence[method], EVIDENCE)
+    yield "prompts", pa.Table.from_pylist(prompts, PROMPTS)
 
 
 def _extend_scores(columns, job, result):
@@ -348,7 +322,7 @@ def _evidence_row(job, result, losses):
 
 def _prompt_row(tokenizer, job, answer, methods):
     messages, given = job.parameters.get("messages"), job.parameters
-    row = dict.fromkeys(PROMPTS.names) | {
+    row = {
         "id": job.identity,
         "slug": _text(job.slug),
         "prompt": _text(job.prompt),
@@ -359,8 +333,7 @@ def _prompt_row(tokenizer, job, answer, methods):
         "methods": list(methods),
     }
     if isinstance(answer, Exception):
-        empty = {"tokens": job.tokens, "notes": [], "left_out": []}
-        return row | empty | {"error": _told(answer)}
+        return row | {"tokens": job.tokens, "left_out": [], "error": _told(answer)}
     question, results = answer
     return row | {
         "tokens": len(question.labels),
