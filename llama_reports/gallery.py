@@ -9,6 +9,7 @@ import math
 import os
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from statistics import mode
@@ -19,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 from PIL import Image
@@ -30,13 +32,17 @@ from llama_reports.pages import THUMBNAIL, overview_page, shown, thumbnail
 
 CONTROL = "random"  # the method that knows nothing
 # columns of a report's evidence.csv and scores.csv
-MAY_BE_EMPTY = ["gap", "beats_random", "evidence_rank", "faithfulness", "seconds", "evaluations"]
-MAY_BE_EMPTY += ["forwards", "error", "output"]
+MEASURES = ["gap", "beats_random", "evidence_rank", "faithfulness", "seconds", "evaluations"]
+MEASURES += ["forwards"]
+MAY_BE_EMPTY = [*MEASURES, "error", "output"]
 EVIDENCE = dict.fromkeys(["method", "strongest unit", "closed"], pa.string())
-EVIDENCE |= dict.fromkeys(MAY_BE_EMPTY[:7], pa.float64())
+EVIDENCE |= dict.fromkeys(MEASURES, pa.float64())
 SCORES = {"prompt": pa.string(), "method": pa.string(), "output": pa.int64(), "unit": pa.int64()}
 SCORES |= {"part": pa.string(), "start": pa.int64(), "end": pa.int64(), "label": pa.string()}
 SCORES |= {"score": pa.float64(), "error": pa.float64()}
+# columns whose median the comparison shows, and what it calls them
+MEDIANS = {"evidence_rank": "place", "evaluations": "gradients"}
+MEDIANS |= {name: name for name in ("gap", "seconds", "forwards")}
 LONGEST = 2000  # characters of a prompt or an error in the gallery; the report has all of them
 FEWEST = 5  # prompts for an interval: resampling fewer says too little about others
 
@@ -66,6 +72,36 @@ class Report:
         known = self.provenance
         return (str(known.get("dtype") or ""), str(known.get("weights_sha256") or "")[:12])
 
+    @property
+    def href(self) -> str:
+        return quote(os.fsencode(self.folder.name), safe="")
+
+    @cached_property
+    def lines(self) -> list[dict[str, Any]]:
+        """The rows of the evidence, one a method; that of the control is left out."""
+        rows = [] if self.evidence is None else self.evidence.to_pylist()
+        return [row for row in rows if row["method"] != CONTROL]
+
+    @property
+    def unclosed(self) -> int:
+        return sum(line["closed"] == "NO" for line in self.lines)
+
+    @property
+    def state(self) -> str:
+        return "failed" if self.error is not None else "not closed" if self.unclosed else "done"
+
+    @property
+    def picture(self) -> Image.Image | None:
+        """The thumbnail, opened and made if it is missing; None without."""
+        path = self.folder / "figures" / THUMBNAIL
+        try:
+            if not path.exists() and thumbnail(self.folder) is None:
+                return None
+            with Image.open(path, formats=["PNG"]) as picture:
+                return picture
+        except (OSError, SyntaxError, ValueError):
+            return None
+
 
 def write_index(out: str | Path) -> Path:
     """Write ``index.html``, ``comparison.html`` and ``scores.parquet`` over the reports in ``out``.
@@ -88,14 +124,15 @@ def write_index(out: str | Path) -> Path:
     counts = {"total": len(reports), "failed": sum(r.error is not None for r in reports)}
     page = overview_page("comparison.html.j2", sections=sections, **counts)
     write_whole(out / "comparison.html", page)
-    rows = [_row(report) for report in reports]
     page = overview_page(
         "index.html.j2",
-        reports=sorted(rows, key=lambda row: (row["state"] != "failed", row["slug"])),
-        methods=sorted({line["method"] for row in rows for line in row["evidence"]}),
-        probabilities=any(row["probability"] is not None for row in rows),
+        reports=sorted(reports, key=lambda report: (report.error is None, report.slug)),
+        methods=sorted({line["method"] for report in reports for line in report.lines}),
+        probabilities=any(_share(r.provenance.get("probability")) is not None for r in reports),
         unreadable=unreadable,
         scores=scores is not None,
+        share=_share,
+        shortened=_shortened,
         **counts,
     )
     write_whole(out / "index.html", page)
@@ -136,7 +173,8 @@ def read_reports(out: str | Path) -> tuple[list[Report], int]:
 def _read_csv(path, columns):
     """These columns of a CSV as a table, or None if that cannot be; ``NA`` is a text.
 
-    A column of ``MAY_BE_EMPTY`` may be missing, and a number in it may be empty: both are null.
+    A column of ``MAY_BE_EMPTY`` may be missing, and a number in it may be empty: both are null, as
+    is a measure that is not finite.
     """
     try:
         table = pyarrow.csv.read_csv(
@@ -152,6 +190,10 @@ def _read_csv(path, columns):
         )
     except (OSError, ValueError, KeyError):  # what pyarrow raises is one of these
         return None
+    for place, name in enumerate(columns):
+        if name in MEASURES:
+            finite = pc.if_else(pc.is_finite(table[name]), table[name], None)
+            table = table.set_column(place, name, finite)
     needed = [name for name in columns if name not in MAY_BE_EMPTY]
     return None if any(table[name].null_count for name in needed) else table
 
@@ -164,72 +206,10 @@ def _together(reports, kind):
     return pa.concat_tables(t.add_column(0, "slug", pa.repeat(s, len(t))) for s, t in tables)
 
 
-# --- the gallery -------------------------------------------------------------------------------
-
-
-def _row(report):
-    """What the gallery shows of one report: plain values, nothing escaped yet."""
-    known = report.provenance
-    units = None if report.scores is None else len(report.scores["unit"].unique())
-    lines = [] if report.evidence is None else _lines(report.evidence, units)
-    unclosed = sum(line["closed"] == "NO" for line in lines)
-    state = "failed" if report.error is not None else "not closed" if unclosed else "done"
-    return {
-        "slug": report.slug,
-        "href": quote(os.fsencode(report.folder.name), safe=""),
-        "prompt": _shortened(report.prompt),
-        "error": _shortened(report.error or ""),
-        "state": state,
-        "unclosed": unclosed,
-        "target": _text(known.get("target")),
-        "foil": _text(known.get("foil")),
-        "probability": _share(known.get("probability")),
-        "notebook": report.notebook,
-        "model": report.model,
-        "seconds": report.seconds,
-        "picture": _picture(report.folder),
-        "evidence": lines,
-    }
-
-
-def _lines(evidence, units):
-    """One line a method, the control left out: what it found, and what that is worth."""
-    return [
-        {
-            "method": row["method"],
-            "unit": row["strongest unit"],
-            "beats": _share(row["beats_random"]),
-            "gap": _finite(row["gap"]),
-            "closed": row["closed"],
-            "place": _finite(row["evidence_rank"]),
-            "units": units,
-            "seconds": _finite(row["seconds"]),
-        }
-        for row in evidence.to_pylist()
-        if row["method"] != CONTROL
-    ]
-
-
-def _picture(folder):
-    """The thumbnail of a report with its size in pixels, made if it is missing; None without."""
-    path = folder / "figures" / THUMBNAIL
-    try:
-        if not path.exists() and thumbnail(folder) is None:
-            return None
-        with Image.open(path, formats=["PNG"]) as picture:
-            return {"width": picture.width, "height": picture.height, "name": THUMBNAIL}
-    except (OSError, SyntaxError, ValueError):
-        return None
-
-
 def _shortened(text):
     if len(text) <= LONGEST:
         return text
     return f"{text[:LONGEST]}… ({len(text) - LONGEST:,} more characters in the report)"
-
-
-def _text(value):
-    return value if isinstance(value, str) else None
 
 
 def _finite(value):
@@ -270,15 +250,12 @@ def compare(reports: list[Report]) -> list[dict]:
 def _section(model, weights, group):
     usable = [r for r in group if r.evidence is not None or r.scores is not None]
     prompts = {r.slug: shown(r.prompt) for r in usable}  # a table holds no half of a pair
-    evidence, scores = (_together(usable, kind) for kind in ("evidence", "scores"))
-    rows, gaps, pairs = [], {}, {}
-    if evidence is not None:
-        frame = evidence.to_pandas().replace([np.inf, -np.inf], np.nan)
+    tables = {kind: _together(usable, kind) for kind in ("evidence", "scores")}
+    frames = {kind: table.to_pandas() for kind, table in tables.items() if table is not None}
+    for frame in frames.values():
         frame["prompt"] = frame["slug"].map(prompts)
-        rows, gaps = _method_rows(frame), _gaps(frame)
-    if scores is not None:
-        frame = scores.to_pandas()
-        pairs = agreement(frame.assign(prompt=frame["slug"].map(prompts)))
+    rows = _method_rows(frames["evidence"]) if "evidence" in frames else []
+    pairs = agreement(frames["scores"]) if "scores" in frames else {}
     names = [row["method"] for row in rows]  # in this order, then those that have scores alone
     names = [*names, *sorted({name for pair in pairs for name in pair} - {*names})]
     names = [name for name in names if any(name in pair for pair in pairs)]
@@ -294,7 +271,7 @@ def _section(model, weights, group):
         "rows": names[1:],
         "columns": names[:-1],  # of the lower triangle
         "usual": mode(pair["prompts"] for pair in pairs.values()) if pairs else 0,
-        "gaps": gaps,
+        "gaps": _gaps(frames["evidence"]) if "evidence" in frames else {},
         "figure": None,
     }
 
@@ -304,10 +281,10 @@ def _mean(values, prompts):
     each = values.groupby(prompts).mean().dropna()
     if each.empty:
         return None
-    if len(each) < FEWEST:
-        return {"mean": float(each.mean()), "low": None, "high": None, "prompts": len(each)}
-    resamples = max(200, min(2000, 4_000_000 // len(each)))  # what fits in memory
-    mean, low, high = bootstrap_interval(each, resamples)
+    mean, low, high = float(each.mean()), None, None
+    if len(each) >= FEWEST:
+        resamples = max(200, min(2000, 4_000_000 // len(each)))  # what fits in memory
+        mean, low, high = bootstrap_interval(each, resamples)
     return {"mean": mean, "low": low, "high": high, "prompts": len(each)}
 
 
@@ -315,25 +292,18 @@ def _method_rows(evidence):
     """A row a method, the best-borne-out first and the control last."""
     rows = []
     for method, found in evidence.groupby("method"):
-        places = found["evidence_rank"].dropna()
-        closed = found["closed"][found["closed"].isin(["yes", "NO"])]
-        rows.append(
-            {
-                "method": method,
-                "prompts": found["prompt"].nunique(),
-                "beats": _mean(found["beats_random"], found["prompt"]),
-                "faithfulness": _mean(found["faithfulness"], found["prompt"]),
-                "place": _finite(places.median()),
-                "first": int((places == 1).sum()),
-                "places": len(places),
-                "gap": _finite(found["gap"].median()),
-                "closed": int((closed == "yes").sum()),
-                "promised": len(closed),
-                "seconds": _finite(found["seconds"].median()),
-                "gradients": _finite(found["evaluations"].median()),
-                "forwards": _finite(found["forwards"].median()),
-            }
-        )
+        row = {
+            "method": method,
+            "prompts": found["prompt"].nunique(),
+            "beats": _mean(found["beats_random"], found["prompt"]),
+            "faithfulness": _mean(found["faithfulness"], found["prompt"]),
+            "first": int((found["evidence_rank"] == 1).sum()),
+            "places": int(found["evidence_rank"].count()),
+            "closed": int((found["closed"] == "yes").sum()),
+            "promised": int(found["closed"].isin(["yes", "NO"]).sum()),
+        }
+        medians = found[list(MEDIANS)].median().rename(MEDIANS)
+        rows.append(row | {name: _finite(value) for name, value in medians.items()})
     best = {row["method"]: row["beats"]["mean"] if row["beats"] else -1 for row in rows}
     return sorted(rows, key=lambda row: (row["method"] == CONTROL, -best[row["method"]]))
 
