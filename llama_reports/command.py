@@ -3,7 +3,7 @@
 import errno
 import os
 import signal
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -54,8 +54,7 @@ def main_command(
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as saved.")] = "float32",
     workers: Annotated[
-        int | None,
-        typer.Option(min=0, help="Processes of a Dask cluster here; 0: as many as fit."),
+        int | None, typer.Option(min=0, help="Processes of a Dask cluster here; 0: as many as fit.")
     ] = None,
     scheduler: Annotated[
         str | None, typer.Option(help="A running Dask scheduler, such as tcp://10.0.0.1:8786.")
@@ -80,9 +79,8 @@ def main_command(
     1. With --scores-only no report is written: scores and evidence go to Parquet files, as
     docs/scores.md describes.
     """
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # what batch systems and containers send first
+    # what batch systems and containers send first
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if workers is not None and scheduler is not None:
             raise InputError("--workers starts a cluster and --scheduler joins one: give one.")
@@ -103,11 +101,12 @@ def main_command(
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for the kernels, and a cluster of our own
         run = _score_all if scores_only else _report_all
         with only_writer(out):
-            failed = run(jobs, out, model, dtype, method, (workers, scheduler), threads)
-    except InputError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except OSError as error:
+            failed, interrupted = run(jobs, out, (workers, scheduler), threads)
+            if interrupted:
+                stopped = "Stopped. What was finished is kept, and the same command goes on."
+                typer.echo(stopped, err=True)
+                raise typer.Exit(130)
+    except (InputError, OSError) as error:
         typer.echo(f"Error: {_told(error, out)}", err=True)
         raise typer.Exit(2) from None
     if failed:
@@ -115,7 +114,9 @@ def main_command(
 
 
 def _told(error, out):
-    """A system's error as one sentence."""
+    """Our own error, or a system's, as one sentence."""
+    if isinstance(error, InputError):
+        return str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"The disk is full: {out}. What was finished is kept: make room, and run the same "
@@ -124,27 +125,28 @@ def _told(error, out):
     return f"{error.strerror or error}: {error.filename or out}"
 
 
-def _report_all(jobs, out, model, dtype, methods, cluster, threads):
-    """Run every job that is not finished, print what came of it, and return how many failed."""
+def _report_all(jobs, out, cluster, threads):
+    """Run every job that is not finished, and print what came of it.
+
+    Returns how many failed, and whether the run was interrupted.
+    """
     open_slugs = {job.slug for job in jobs if not finished(job, out)}
-    left = len(open_slugs)
+    left, done, failed, interrupted = len(open_slugs), 0, [], True
     tasks = ((job, report_source(job.notebook)) for job in jobs if job.slug in open_slugs)
-    function = partial(_report, out=out.resolve(), model=model, threads=threads)
-    done, failed, interrupted = 0, [], False
-    try:
-        with (
-            closing(_results(function, tasks, out, cluster)) as results,
-            tqdm(total=left, unit="report", disable=None) as bar,
-        ):
-            for (job, _), facts, error in results:
-                if error is not None:
-                    facts = keep_failure(job, out, model, _why(error))
-                done += 1
-                failed += [facts] if facts["error"] else []
-                bar.set_postfix_str(job.slug[:40])
-                bar.update()
-    except KeyboardInterrupt:
-        interrupted = True
+    function = partial(_report, out=out.resolve(), model=jobs.model, threads=threads)
+    with (
+        suppress(KeyboardInterrupt),
+        closing(_results(function, tasks, out, cluster)) as results,
+        tqdm(total=left, unit="report", disable=None) as bar,
+    ):
+        for (job, _), facts, error in results:
+            if error is not None:
+                facts = keep_failure(job, out, jobs.model, _why(error))
+            done += 1
+            failed += [facts] if facts["error"] else []
+            bar.set_postfix_str(job.slug[:40])
+            bar.update()
+        interrupted = False
     for facts in failed:
         typer.echo(f"failed: {facts['slug']}: {facts['error'].splitlines()[0]}", err=True)
     before = len(jobs) - left
@@ -152,9 +154,7 @@ def _report_all(jobs, out, model, dtype, methods, cluster, threads):
     _sum_up("reports", done - len(failed), left, len(failed), before)
     if index:
         typer.echo(f"Open {index.resolve()}")
-    if interrupted:
-        _stopped()
-    return len(failed)
+    return len(failed), interrupted
 
 
 def _report(task, out, model, threads):
@@ -166,41 +166,40 @@ def _report(task, out, model, threads):
     return run_report(job, out, model, source=source)
 
 
-def _score_all(jobs, out, model, dtype, methods, cluster, threads):
-    """Attribute every prompt that is not in the tables of ``out``; returns how many failed."""
+def _score_all(jobs, out, cluster, threads):
+    """Attribute every prompt that is not in the tables of ``out``; returns as ``_report_all``."""
     known = finished_ids(out)  # which refuses the tables of another version: nothing is touched
     discard_unfinished(out)
     before = sum(job.identity in known for job in jobs)
-    options = {"model": model, "dtype": dtype, "threads": threads}
-    options["methods"] = tuple(methods or DEFAULT_METHODS)
+    options = {"model": jobs.model, "dtype": jobs.dtype, "threads": threads}
+    options["methods"] = jobs.methods or DEFAULT_METHODS
     function = partial(score_part, out=out.resolve(), **options)
-    parts, done, failed, told, interrupted = chunks(jobs, done=known), 0, 0, 0, False
-    try:
-        with tqdm(total=len(jobs) - before, unit="prompt", disable=None) as bar:
-            while parts:
-                halves = []
-                with closing(_results(function, parts, out, cluster)) as results:
-                    for part, facts, error in results:
-                        if error is None:
-                            done += facts["prompts"]
-                            failed += facts["failed"]
-                        elif len(part) > 1:  # until the prompt that kills its worker is alone
-                            half = len(part) // 2
-                            halves += [part[:half], part[half:]]
-                            continue
-                        else:
-                            done, failed, told = done + 1, failed + 1, told + 1
-                            typer.echo(f"failed: {part[0].prompt[:60]!r}: {_why(error)}", err=True)
-                        bar.update(len(part))
-                parts = halves
-    except KeyboardInterrupt:
-        interrupted = True
+    parts, done, failed, told, interrupted = chunks(jobs, done=known), 0, 0, 0, True
+    with (
+        suppress(KeyboardInterrupt),
+        tqdm(total=len(jobs) - before, unit="prompt", disable=None) as bar,
+    ):
+        while parts:
+            halves = []
+            with closing(_results(function, parts, out, cluster)) as results:
+                for part, facts, error in results:
+                    if error is None:
+                        done += facts["prompts"]
+                        failed += facts["failed"]
+                    elif len(part) > 1:  # until the prompt that kills its worker is alone
+                        half = len(part) // 2
+                        halves += [part[:half], part[half:]]
+                        continue
+                    else:
+                        done, failed, told = done + 1, failed + 1, told + 1
+                        typer.echo(f"failed: {part[0].prompt[:60]!r}: {_why(error)}", err=True)
+                    bar.update(len(part))
+            parts = halves
+        interrupted = False
     _sum_up("prompts", done - failed, len(jobs) - before, failed, before)
     if failed > told:
         typer.echo(f"What failed is in the column error of {out / 'prompts'}.", err=True)
-    if interrupted:
-        _stopped()
-    return failed
+    return failed, interrupted
 
 
 def _results(function, tasks, out, cluster):
@@ -210,33 +209,28 @@ def _results(function, tasks, out, cluster):
     """
     workers, scheduler = cluster
     if scheduler is None and (workers or 1) == 1:
-        for task in tasks:
-            try:
-                result, error = function(task), None
-            except (InputError, OSError):
-                raise
-            except Exception as raised:
-                result, error = None, raised
-            yield task, result, error
-        return
-    from llama_reports.cluster import run_on_cluster  # takes a second to import
+        results = ((task, *_tried(function, task)) for task in tasks)
+    else:
+        from llama_reports.cluster import run_on_cluster  # takes a second to import
 
-    some = run_on_cluster(function, tasks, out, workers=workers, scheduler=scheduler)
-    with closing(some) as results:
+        results = run_on_cluster(function, tasks, out, workers=workers, scheduler=scheduler)
+    with closing(results):
         for task, result, error in results:
             if isinstance(error, (InputError, OSError)):
                 raise error
             yield task, result, error
 
 
+def _tried(function, task):
+    try:
+        return function(task), None
+    except Exception as error:
+        return None, error
+
+
 def _sum_up(things, done, left, failed, before):
     earlier = f", {before:,} finished before" if before else ""
     typer.echo(f"{done:,} of {left:,} {things} done, {failed:,} failed{earlier}.")
-
-
-def _stopped():
-    typer.echo("Stopped. What was finished is kept, and the same command goes on.", err=True)
-    raise typer.Exit(130)
 
 
 def _why(error):

@@ -71,7 +71,7 @@ class Plan:
         self._folders = folders
         self.path, self.model, self.dtype = Path(path), model, dtype
         self.asked, self.replaced = [], 0
-        self._notebook, self._methods = notebook_path(notebook), list(methods)
+        self._notebook, self.methods = notebook_path(notebook), list(methods)
         self._digest = cache(notebook_digest)
         self._takes = cache(lambda source: set(papermill.inspect_notebook(literal(source))))
         self._given = {"model_name": _model_parameter(model), "dtype": dtype, "output_dir": "."}
@@ -116,7 +116,7 @@ class Plan:
             raise row.problem
         entry = parse_entry(row.raw, row.kind)
         source = self._notebook if entry.notebook is None else find_notebook(entry.notebook)
-        parameters = _parameters(entry, source, self._takes(source), self._methods)
+        parameters = _parameters(entry, source, self._takes(source), self.methods)
         known = {name: value for name, value in self._given.items() if name in self._takes(source)}
         return entry, source, parameters | known
 
