@@ -9,10 +9,11 @@ import csv
 import itertools
 import json
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -291,6 +292,23 @@ def _first_line(path, is_bad):
         return next((number for number, line in enumerate(stream, 1) if is_bad(line)), 1)
 
 
+def _row(path, number, line, read, *given):
+    """The ``Row`` of what ``read(*given)`` gives, or of what was wrong there."""
+    try:
+        return Row(path.name, number, line, read(*given))
+    except InputError as error:
+        problem = error
+    except yaml.YAMLError as error:
+        problem = InputError(f"This is not YAML ({_yaml_problem(error)}).")
+    except json.JSONDecodeError as error:
+        problem = InputError(f"This is not JSON ({error.msg}, character {error.colno}).")
+    except UnicodeDecodeError:
+        problem = InputError("A text is not UTF-8: save it as UTF-8.")
+    except (ValueError, RecursionError):
+        problem = InputError("This is no text or object: an entry is one of them.")
+    return Row(path.name, number, line, problem=problem)
+
+
 # --- YAML --------------------------------------------------------------------------------------
 
 _NUMBERS = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")}
@@ -362,7 +380,7 @@ def _yaml_entries(path, loader):
         line = loader.peek_event().start_mark.line + 1
         loader.composed = 0
         node = loader.compose_node(None, None)
-        yield _yaml_row(path, loader, node, number, line)
+        yield _row(path, number, line, _yaml_entry, loader, node)
     loader.get_event()
     loader.get_event()  # the document's end
     if not loader.check_event(yaml.StreamEndEvent):
@@ -370,24 +388,18 @@ def _yaml_entries(path, loader):
         raise InputError(f"{path}, line {line}: a second document begins: keep one list.")
 
 
-def _yaml_row(path, loader, node, number, line):
+def _yaml_entry(loader, node):
+    if _is_large(node):  # a few aliases of aliases can stand for more than memory holds
+        raise InputError(f"It has more than {MOST_NODES:,} parts: an entry is one prompt.")
+    if isinstance(node, yaml.MappingNode):
+        _refuse_twice(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, value in node.value:
+            if key.value != "answer" and value.tag in _NUMBERS:
+                value.tag = "tag:yaml.org,2002:str"  # 0x10 and 1_000 as they are written
     try:
-        if _is_large(node):  # a few aliases of aliases can stand for more than memory holds
-            raise InputError(f"It has more than {MOST_NODES:,} parts: an entry is one prompt.")
-        if isinstance(node, yaml.MappingNode):
-            _refuse_twice(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-            for key, value in node.value:
-                if key.value != "answer" and value.tag in _NUMBERS:
-                    value.tag = "tag:yaml.org,2002:str"  # 0x10 and 1_000 as they are written
-        return Row(path.name, number, line, loader.construct_document(node))
-    except InputError as error:
-        return Row(path.name, number, line, problem=error)
-    except yaml.YAMLError as error:
-        problem = InputError(f"This is not YAML ({_yaml_problem(error)}).")
-        return Row(path.name, number, line, problem=problem)
+        return loader.construct_document(node)
     except (ValueError, RecursionError):  # the 45th of May, a number of 5,000 digits
-        problem = InputError("This is no date or number: put the text in quotes.")
-        return Row(path.name, number, line, problem=problem)
+        raise InputError("This is no date or number: put the text in quotes.") from None
 
 
 def _is_large(node):
@@ -411,57 +423,40 @@ def _refuse_twice(keys):
 # --- CSV and JSON Lines ------------------------------------------------------------------------
 
 
-class _Lines:
-    """The lines of a binary stream as text; ``problem`` says what is wrong with the latest ones.
+def _lines(stream, problems):
+    """The lines of a binary stream as text; what is wrong with one is left in ``problems``.
 
     What is not UTF-8 is replaced, so that a reader can go on to the next line.
     """
-
-    def __init__(self, stream):
-        self._stream, self._number, self.problem = stream, 0, None
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        line = self._stream.readline(LONGEST_LINE)
-        if not line:
-            raise StopIteration
-        self._number += 1
-        if self._number == 1:
+    for number, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), b""), 1):
+        if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-            self.problem = InputError(f"The line is longer than {LONGEST_LINE:,} bytes.")
+            problems.append(InputError(f"The line is longer than {LONGEST_LINE:,} bytes."))
             while line and not line.endswith(b"\n"):
-                line = self._stream.readline(LONGEST_LINE)
-            return "\n"
+                line = stream.readline(LONGEST_LINE)
+            line = b"\n"
         if b"\0" in line:
-            self.problem = InputError("There is a NUL byte: save the file as UTF-8 text.")
-            return line.replace(b"\0", b"").decode("utf-8", "replace")
+            problems.append(InputError("There is a NUL byte: save the file as UTF-8 text."))
+            line = line.replace(b"\0", b"").decode("utf-8", "replace").encode()
         try:
-            return line.decode("utf-8")
+            yield line.decode("utf-8")
         except UnicodeDecodeError as error:
-            self.problem = InputError(
-                f"Line {self._number} is not UTF-8 (byte {line[error.start]:#04x}): save the file "
-                "as UTF-8."
-            )
-            return line.decode("utf-8", "replace")
-
-    def take_problem(self):
-        problem, self.problem = self.problem, None
-        return problem
+            byte = f"Line {number} is not UTF-8 (byte {line[error.start]:#04x})"
+            problems.append(InputError(f"{byte}: save the file as UTF-8."))
+            yield line.decode("utf-8", "replace")
 
 
 def _read_csv(path):
     with path.open("rb") as stream:
-        lines = _Lines(stream)
-        reader = csv.reader(lines, strict=True)
+        header, problems = None, deque[InputError](maxlen=1)  # of a row's lines the last one's
+        reader = csv.reader(_lines(stream, problems), strict=True)
         try:
             header = next((cells for cells in reader if cells), None)
         except csv.Error as error:
-            lines.problem = lines.problem or InputError(f"This is not CSV ({error}).")
-        if lines.problem:
-            raise InputError(f"{path}, line {reader.line_num or 1}: {lines.problem}")
+            problems.extend([] if problems else [InputError(f"This is not CSV ({error}).")])
+        if problems:
+            raise InputError(f"{path}, line {reader.line_num or 1}: {problems[0]}")
         if header is None:
             return
         _check_header(f"{path}, line {reader.line_num}", header)
@@ -472,7 +467,7 @@ def _read_csv(path):
                 cells = next(reader, None)
             except csv.Error as error:
                 problem = InputError(f"This is not CSV ({error}): mind the quotes.")
-            problem = lines.take_problem() or problem
+            problem = problems.pop() if problems else problem
             if not cells and problem is None:
                 continue  # an empty line, or the end
             number += 1
@@ -511,22 +506,14 @@ def _from_cells(header, cells):
 
 def _read_jsonl(path):
     with path.open("rb") as stream:
-        lines, number = _Lines(stream), 0
-        for line, text in enumerate(lines, start=1):
-            problem = lines.take_problem()
-            if not text.strip() and problem is None:
-                continue
-            number += 1
-            raw = None
-            try:
-                raw = None if problem else _json(text)
-            except InputError as error:
-                problem = error
-            except json.JSONDecodeError as error:
-                problem = InputError(f"This is not JSON ({error.msg}, character {error.colno}).")
-            except (ValueError, RecursionError):
-                problem = InputError("This is no text or object: an entry is one of them.")
-            yield Row(path.name, number, line, raw, problem)
+        problems, number = deque[InputError](maxlen=1), 0
+        for line, text in enumerate(_lines(stream, problems), start=1):
+            if problems:
+                number += 1
+                yield Row(path.name, number, line, problem=problems.pop())
+            elif text.strip():
+                number += 1
+                yield _row(path, number, line, _json, text)
 
 
 def _json(text):
@@ -549,24 +536,18 @@ def _read_parquet(path):
             for batch in file.iter_batches(batch_size=256):
                 for index in range(len(batch)):
                     number += 1
-                    raw, problem = None, None
-                    try:
-                        (cells,) = batch.slice(index, 1).to_pylist()
-                        raw = {name: cell for name, cell in cells.items() if cell is not None}
-                    except UnicodeDecodeError:
-                        problem = InputError("A text is not UTF-8: save it as UTF-8.")
-                    yield Row(path.name, number, None, raw, problem)
+                    yield _row(path, number, None, _parquet_entry, batch.slice(index, 1))
     except pyarrow.ArrowException as error:
         after = f" after row {number}" if number else ""
         why = str(error).splitlines()[0]
         raise InputError(f"{path} is not whole Parquet{after} ({why}): write it again.") from error
 
 
-FORMATS = {
-    ".yml": ("YAML", _read_yaml),
-    ".yaml": ("YAML", _read_yaml),
-    ".csv": ("CSV", _read_csv),
-    ".jsonl": ("JSON", _read_jsonl),
-    ".ndjson": ("JSON", _read_jsonl),
-    ".parquet": ("Parquet", _read_parquet),
-}
+def _parquet_entry(row):
+    (cells,) = row.to_pylist()
+    return {name: cell for name, cell in cells.items() if cell is not None}
+
+
+FORMATS = {suffix: ("YAML", _read_yaml) for suffix in (".yml", ".yaml")}
+FORMATS |= {suffix: ("JSON", _read_jsonl) for suffix in (".jsonl", ".ndjson")}
+FORMATS |= {".csv": ("CSV", _read_csv), ".parquet": ("Parquet", _read_parquet)}
