@@ -25,7 +25,6 @@ NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 DEFAULT_NOTEBOOK = "08_comparison"
 TOLD = 20  # bad entries that are named; the rest is counted
 DIGITS = (0, 6, 16, 32)  # of a question's digest in a folder's name
-SETTINGS = ("model_name", "dtype", "output_dir")  # parameters that are not part of the question
 ASKED = ("target", "foil", "units", "sources", "chat", "raw")  # as a notebook and `ask` call them
 
 
@@ -55,7 +54,13 @@ class Job:
 
 
 class Plan:
-    """The jobs of a prompts file that has been checked, in the order of the file; see ``plan``.
+    """The jobs that a prompts file asks for, in its order, all of them checked before any is run.
+
+    Every entry is checked for its keys, against the tokenizer and context of ``model``, and
+    against the parameters of its notebook; no weights are loaded. A report's folder is named by
+    the entry's id, or by its prompt; where that name stands for another question, in this file or
+    in ``out``, the beginning of the question's digest is added to it. ``folders=False`` names no
+    folders: a job's slug is then its id, or empty.
 
     Iterating reads the file again and makes one ``Job`` at a time, so what is held of a prompt is
     a few numbers, one array [jobs] of each: ``tokens`` are the lengths of what is read, ``units``
@@ -64,23 +69,80 @@ class Plan:
     no methods are the notebook's own choice. ``replaced`` counts reports in ``out`` whose id now
     stands for another question.
 
-    Iterating raises ``InputError`` if the file is no longer the one that was checked.
+    Raises one ``InputError`` that names the place of each entry that cannot run, the first 20 of
+    them in full. Iterating raises one if the file is no longer the one that was checked.
     """
 
-    def __init__(self, path, *, model, notebook, methods, dtype, folders):
-        self._folders = folders
-        self.path, self.model, self.dtype = Path(path), model, dtype
-        self.asked, self.replaced = [], 0
-        self._notebook, self.methods = notebook_path(notebook), list(methods)
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        model: str | Path = BUNDLED,
+        notebook: str | Path = DEFAULT_NOTEBOOK,
+        methods: Sequence[str] = (),
+        dtype: str = "float32",
+        out: str | Path | None = None,
+        folders: bool = True,
+    ) -> None:
+        self.path, self.model, self.dtype, self.methods = Path(path), model, dtype, list(methods)
+        self._notebook, self._folders = notebook_path(notebook), folders
         self._digest = cache(notebook_digest)
         self._takes = cache(lambda source: set(papermill.inspect_notebook(literal(source))))
-        self._given = {"model_name": _model_parameter(model), "dtype": dtype, "output_dir": "."}
+        folder = Path(model).expanduser()  # whole, since kernels run in another folder than we do
+        shown = str(folder.resolve()) if folder.is_dir() else str(model)
+        self._given = {"model_name": shown, "dtype": dtype, "output_dir": "."}
         self._by = [public_name(model), model_digest(model), code_version()]
         # shortened digests of questions, and the levels of names; see _name
         self._questions, self._levels = array("Q"), array("B")
-        self.tokens = self.units = self.outputs = self.kinds = np.zeros(0, np.uint32)
         if "prompt" not in self._takes(self._notebook):
             raise InputError(f"The notebook {notebook} takes no prompt, so it cannot be a report.")
+        self._check(_Folders(out if folders else None))
+
+    def _check(self, taken):
+        tokenizer = load_tokenizer(self.model)
+        context, vocabulary = _limits(self.model)
+        seen: dict[int, int] = {}  # shortened question: line
+        kinds: dict[tuple, int] = {}  # notebook and methods: number
+        sizes, problems, bad, count = array("I"), list[str](), 0, 0
+        for row in read_entries(self.path):
+            count += 1
+            try:
+                entry, source, parameters, question = self._ask(row)
+                read = read_question(
+                    tokenizer, **asked(parameters), context=context, vocabulary=vocabulary
+                )
+                if entry.evidence is not None and not read.places(entry.evidence):
+                    raise InputError(
+                        f"The evidence {entry.evidence!r} is not a whole word of the prompt: write "
+                        "it as it stands there.",
+                        field="evidence",
+                    )
+                short = _short(question)
+                if short in seen:
+                    raise InputError(f"It asks the same as {row.unit} {seen[short]}: remove one.")
+                level = taken.level(entry, question, row) if self._folders else 0
+            except InputError as error:
+                bad += 1
+                if len(problems) < TOLD:
+                    problems.append(f"  {row.place(error.field)}: {str(error)[:1000]}")
+                continue
+            seen[short] = row.at
+            self._questions.append(short)
+            self._levels.append(level)
+            more = max(1, parameters.get("answer", 1)) - 1  # tokens that the model is yet to write
+            outputs = len(read.target or (0,)) + more + max(0, len(read.foil or ()) - 1)
+            kind = kinds.setdefault((source, frozenset(parameters.get("methods", ()))), len(kinds))
+            sizes.extend((read.input_ids.shape[1], len(read.units) + more, outputs, kind))
+        if problems:
+            more = [f"  … and {bad - len(problems):,} more."] if bad > len(problems) else []
+            raise InputError(
+                f"{self.path}: {bad:,} of {count:,} entries cannot run, so none was started.\n"
+                + "\n".join(problems + more)
+            )
+        columns = np.array(sizes, np.uint32).reshape(-1, 4).T
+        self.tokens, self.units, self.outputs, self.kinds = columns
+        self.asked = [(source.stem, methods) for source, methods in kinds]
+        self.replaced = taken.replaced
 
     def __len__(self) -> int:
         return len(self._questions)
@@ -90,10 +152,9 @@ class Plan:
         read = 0
         for row in read_entries(self.path):
             try:
-                entry, source, parameters = self._ask(row)
+                entry, source, parameters, question = self._ask(row)
             except InputError as error:
                 raise changed from error
-            question = _digest_of(_question(parameters, source))
             if read == len(self) or _short(question) != self._questions[read]:
                 raise changed
             level = self._levels[read]
@@ -110,90 +171,26 @@ class Plan:
         if read < len(self):
             raise changed
 
-    def _ask(self, row: Row) -> tuple[Entry, Path, dict]:
-        """``(entry, notebook, parameters)`` of a row, or ``InputError``."""
+    def _ask(self, row: Row) -> tuple[Entry, Path, dict, str]:
+        """``(entry, notebook, parameters, digest of the question)`` of a row, or ``InputError``."""
         if row.problem is not None:
             raise row.problem
         entry = parse_entry(row.raw, row.kind)
         source = self._notebook if entry.notebook is None else find_notebook(entry.notebook)
-        parameters = _parameters(entry, source, self._takes(source), self.methods)
-        known = {name: value for name, value in self._given.items() if name in self._takes(source)}
-        return entry, source, parameters | known
+        takes = self._takes(source)
+        # all that is asked: the model, its dtype and where it is saved are no part of it
+        parameters = _parameters(entry, source, takes, self.methods)
+        question = _digest_of([source.stem, parameters])
+        known = {name: value for name, value in self._given.items() if name in takes}
+        return entry, source, parameters | known, question
 
 
-def plan(
-    path: str | Path,
-    *,
-    model: str | Path = BUNDLED,
-    notebook: str | Path = DEFAULT_NOTEBOOK,
-    methods: Sequence[str] = (),
-    dtype: str = "float32",
-    out: str | Path | None = None,
-    folders: bool = True,
-) -> Plan:
-    """The jobs that a prompts file asks for, all of them checked before any is run: a ``Plan``.
-
-    Every entry is checked for its keys, against the tokenizer and context of ``model``, and
-    against the parameters of its notebook; no weights are loaded. A report's folder is named by
-    the entry's id, or by its prompt; where that name stands for another question, in this file or
-    in ``out``, the beginning of the question's digest is added to it. ``folders=False`` names no
-    folders: a job's slug is then its id, or empty.
-
-    Raises one ``InputError`` that names the place of each entry that cannot run, the first 20 of
-    them in full.
-    """
-    jobs = Plan(path, model=model, notebook=notebook, methods=methods, dtype=dtype, folders=folders)
-    tokenizer = load_tokenizer(model)
-    context, vocabulary = _limits(model)
-    taken = _Folders(out) if folders else None
-    seen: dict[int, int] = {}  # shortened question: line
-    kinds: dict[tuple, int] = {}  # notebook and methods: number
-    sizes, problems, bad, count = array("I"), list[str](), 0, 0
-    for row in read_entries(path):
-        count += 1
-        try:
-            entry, source, parameters = jobs._ask(row)
-            read = read_question(
-                tokenizer, **asked(parameters), context=context, vocabulary=vocabulary
-            )
-            if entry.evidence is not None and not read.places(entry.evidence):
-                raise InputError(
-                    f"The evidence {entry.evidence!r} is not a whole word of the prompt: write it "
-                    "as it stands there.",
-                    field="evidence",
-                )
-            question = _digest_of(_question(parameters, source))
-            short = _short(question)
-            if short in seen:
-                raise InputError(f"It asks the same as {row.unit} {seen[short]}: remove one.")
-            level = taken.level(entry, question, row) if taken else 0
-        except InputError as error:
-            bad += 1
-            if len(problems) < TOLD:
-                problems.append(f"  {row.place(error.field)}: {str(error)[:1000]}")
-            continue
-        seen[short] = row.at
-        jobs._questions.append(short)
-        jobs._levels.append(level)
-        more = max(1, parameters.get("answer", 1)) - 1  # tokens that the model is yet to write
-        outputs = len(read.target or (0,)) + more + max(0, len(read.foil or ()) - 1)
-        kind = kinds.setdefault((source, frozenset(parameters.get("methods", ()))), len(kinds))
-        sizes.extend((read.input_ids.shape[1], len(read.units) + more, outputs, kind))
-    if problems:
-        more = [f"  … and {bad - len(problems):,} more."] if bad > len(problems) else []
-        raise InputError(
-            f"{path}: {bad:,} of {count:,} entries cannot run, so none was started.\n"
-            + "\n".join(problems + more)
-        )
-    jobs.tokens, jobs.units, jobs.outputs, jobs.kinds = np.array(sizes, np.uint32).reshape(-1, 4).T
-    jobs.asked = [(source.stem, methods) for source, methods in kinds]
-    jobs.replaced = taken.replaced if taken else 0
-    return jobs
+plan = Plan  # as what makes one is called
 
 
 def finished(job: Job, out: str | Path) -> bool:
     """True if ``out`` holds the report of this very job: the same identity, and no error."""
-    facts = _facts(Path(out) / job.slug)
+    facts = read_mapping(Path(out, job.slug, "report.json"))
     return bool(facts) and facts.get("identity") == job.identity and facts.get("error") is None
 
 
@@ -262,12 +259,6 @@ def asked(parameters: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": parameters.get("messages") or parameters["prompt"], "answer": answer, **given}
 
 
-def _model_parameter(model):
-    """A model as a notebook is told of it: kernels run in another folder than we do."""
-    folder = Path(model).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else str(model)
-
-
 def _limits(model):
     """The most tokens that ``model`` reads, and how many it knows; ``None`` where it is silent."""
     config = json.loads((resolve_model(model) / "config.json").read_text(encoding="utf-8"))
@@ -276,12 +267,6 @@ def _limits(model):
 
 
 # --- digests and names -------------------------------------------------------------------------
-
-
-def _question(parameters, source):
-    """What is asked, as plain values: all but the model, its dtype and where it is saved."""
-    asked = {name: value for name, value in parameters.items() if name not in SETTINGS}
-    return [source.stem, asked]
 
 
 def _digest_of(values):
@@ -319,40 +304,23 @@ class _Folders:
         """At which level of ``_name`` an entry gets a folder of its own; it is taken from then."""
         for level in range(len(DIGITS)):
             name = _name(entry, question, level).lower()
-            short = _short(hashlib.sha256(name.encode()).hexdigest())
-            if entry.id is not None:
-                self._check_id(entry, question, short, row)
-            elif not self._is_free(name, short, question):
-                continue
+            short, there = _short(_digest_of(name)), self.there.get(name)
+            facts = read_mapping(there / "report.json") if there else {"question": question}
+            is_own = facts.get("question") == question
+            if entry.id is None:
+                if not name or is_reserved(name) or short in self.taken or not is_own:
+                    continue
+            elif short in self.taken:
+                taken = f"Its id {entry.id!r} is that of {row.unit} {self.taken[short]}"
+                raise InputError(f"{taken}: choose another.", field="id")
+            elif not facts:
+                raise InputError(
+                    f"Its id {entry.id!r} names something in {self.out} that is no report: choose "
+                    "another.",
+                    field="id",
+                )
+            else:
+                self.replaced += not is_own
             self.taken[short] = row.at
             return level
         raise InputError("Its folder's name is taken at every length: give it an id.")
-
-    def _is_free(self, name, short, question):
-        if not name or is_reserved(name) or short in self.taken:
-            return False
-        return name not in self.there or self._is_own(name, question)
-
-    def _check_id(self, entry, question, short, row):
-        if short in self.taken:
-            first = f"{row.unit} {self.taken[short]}"
-            raise InputError(f"Its id {entry.id!r} is that of {first}: choose another.", field="id")
-        name = entry.id.lower()
-        if name not in self.there or self._is_own(name, question):
-            return
-        if not _facts(self.there[name]):
-            raise InputError(
-                f"Its id {entry.id!r} names something in {self.out} that is no report: choose "
-                "another.",
-                field="id",
-            )
-        self.replaced += 1
-
-    def _is_own(self, name, question):
-        """True if the report of that name answers this question."""
-        return _facts(self.there[name]).get("question") == question
-
-
-def _facts(folder):
-    """The facts of the report in ``folder``; none if there is no whole one."""
-    return read_mapping(folder / "report.json")
