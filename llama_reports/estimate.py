@@ -5,18 +5,17 @@ the rate of this machine's matrix products, the weights read once a pass at the 
 and a fixed time a layer. The three are measured in about half a second; no weights are loaded.
 """
 
-import csv
-import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors import safe_open
 from torch.utils.benchmark import Timer
@@ -26,6 +25,7 @@ from transformers import AutoConfig
 from helpers.attribution import BUDGET, METHODS, Price
 from helpers.attribution.engine import FULL_PASS, TOKENS_PER_BATCH, gradient_bytes
 from helpers.models import public_name, resolve_model, tiny_llama
+from llama_reports.files import read_mapping
 from llama_reports.jobs import DEFAULT_NOTEBOOK, Job, Plan, finished
 from llama_reports.scores import DEFAULT_METHODS, WINDOW
 
@@ -116,12 +116,12 @@ class Estimate:
     to_run: int
     finished: int
     replaced: int
-    seconds: float
-    memory: int
-    disk: int
-    first: list[str]
-    basis: str
-    workers: int
+    seconds: float = 0.0
+    memory: int = 0
+    disk: int = 0
+    first: list[str] = field(default_factory=list)
+    basis: str = ""
+    workers: int = 1
     unit: str = "report"
 
     @property
@@ -161,45 +161,37 @@ def estimate(
     here unless it is given. Where ``out`` holds reports of the same notebook and model, what they
     took corrects the estimate. Returns an ``Estimate``.
     """
+    if done is None and not scores_only and out is not None and Path(out).exists():
+        done = partial(finished, out=out)
+    left, first = _left(plan, done)
+    unit, to_run = "prompt" if scores_only else "report", int(left.sum())
+    found = Estimate(to_run, len(plan) - to_run, plan.replaced, first=first, unit=unit)
+    if not to_run:
+        return found
     shape = model_shape(plan.model, plan.dtype)
-    left, first = _left(plan, out, done, scores_only)
-    tokens, kinds = plan.tokens[left], plan.kinds[left]
-    if machine is None and len(tokens):
-        machine = measure(shape, plan.dtype, threads)
-    corrections: dict[str, tuple[float, int]] = {}
-    if not scores_only:
-        for notebook in {plan.asked[kind][0] for kind in np.unique(kinds)}:
-            corrections[notebook] = _correction(plan, shape, machine, notebook, out)
+    machine = machine or measure(shape, plan.dtype, threads)
+    kinds = np.unique(plan.kinds[left])
+    notebooks = sorted({plan.asked[kind][0] for kind in kinds if not scores_only})
+    corrections = {name: _correction(plan, shape, machine, name, out) for name in notebooks}
     each = _seconds_of_jobs(plan, shape, machine, left, corrections)
-    busy = max(1, min(workers, len(each)))
-    together = max(each.sum() / busy, each.max(initial=0.0)) + (START if len(each) else 0.0)
-    return Estimate(
-        to_run=len(tokens),
-        finished=len(plan) - len(tokens),
-        replaced=plan.replaced,
-        seconds=float(together),
-        memory=_memory(plan, shape, tokens, kinds, scores_only, busy) if len(tokens) else 0,
+    busy = max(1, min(workers, to_run))
+    return replace(
+        found,
+        seconds=float(max(each.sum() / busy, each.max())) + START,
+        memory=_memory(plan, shape, left, scores_only, busy),
         disk=_disk(plan, left, scores_only),
-        first=first,
-        basis=_basis(machine, corrections) if len(tokens) else "",
+        basis=_basis(machine, corrections),
         workers=busy,
-        unit="prompt" if scores_only else "report",
     )
 
 
-def _left(plan, out, done, scores_only):
+def _left(plan, done):
     """Which jobs are to run, bool [jobs], and the names of the first of them."""
-    if done is None and not scores_only and out is not None and Path(out).exists():
-
-        def done(job):
-            return finished(job, out)
-
-    if done is None:
-        first = [job.slug or job.prompt[:60] for job in islice(plan, SHOWN)]
-        return np.ones(len(plan), bool), first
     left, first = np.ones(len(plan), bool), []
     for index, job in enumerate(plan):
-        left[index] = not done(job)
+        if done is None and len(first) == SHOWN:
+            break
+        left[index] = done is None or not done(job)
         if left[index] and len(first) < SHOWN:
             first.append(job.slug or job.prompt[:60])
     return left, first
@@ -208,7 +200,7 @@ def _left(plan, out, done, scores_only):
 # --- the model and the machine -----------------------------------------------------------------
 
 
-def model_shape(model: str, dtype: str = "float32") -> Shape:
+def model_shape(model: str | Path, dtype: str = "float32") -> Shape:
     """The ``Shape`` of a model, from its configuration alone."""
     config = _config(model)
     heads = config.num_attention_heads
@@ -357,7 +349,7 @@ def _seconds_of_jobs(plan, shape, machine, left, corrections):
         return machine.seconds(together, shape) / count
 
     facts = np.stack([plan.kinds, plan.tokens, plan.units, plan.outputs])[:, left]
-    each = [np.zeros(0)]
+    each = []
     for start in range(0, facts.shape[1], WINDOW):  # as many as are sorted by length together
         alike, place, counts = np.unique(
             facts[:, start : start + WINDOW], axis=1, return_inverse=True, return_counts=True
@@ -374,17 +366,13 @@ def _basis(machine, corrections):
         f"the methods' rows by token counts, and this machine's {machine.flops / 1e9:,.0f} GFLOP/s "
         f"and {machine.bandwidth / 1e9:,.1f} GB/s a worker, measured now."
     ]
-    for notebook, (factor, reports) in sorted(corrections.items()):
+    for notebook, (factor, reports) in corrections.items():
         if reports:
-            basis.append(
-                f"Times {factor:.2f} for {notebook}, by what {_count(reports, 'report')} of it "
-                "took."
-            )
+            took = f"by what {_count(reports, 'report')} of it took"
+            basis.append(f"Times {factor:.2f} for {notebook}, {took}.")
         elif notebook != DEFAULT_NOTEBOOK:
-            basis.append(
-                f"{notebook} is counted as {DEFAULT_NOTEBOOK}, until {ENOUGH} of its reports are "
-                "finished."
-            )
+            until = f"until {ENOUGH} of its reports are finished"
+            basis.append(f"{notebook} is counted as {DEFAULT_NOTEBOOK}, {until}.")
     return " ".join(basis)
 
 
@@ -396,15 +384,15 @@ def _report_seconds(shape, machine, size, methods):
 def _correction(plan, shape, machine, notebook, out):
     """``(factor, reports)``: measured seconds over planned ones, of the reports in ``out``."""
     took, planned, count = 0.0, 0.0, 0
+    alike = [notebook, public_name(plan.model), None]
     folders = Path(out).glob("*/report.json") if out is not None else ()
     for file in islice(folders, LOOKED_AT):
+        facts = read_mapping(file)
         try:
-            facts = json.loads(file.read_bytes())
-            alike = facts["notebook"] == notebook and facts["model"] == public_name(plan.model)
-            if not alike or facts["error"] is not None:
+            if [facts[name] for name in ("notebook", "model", "error")] != alike:
                 continue
             tokens, seconds = int(facts["tokens"]), float(facts["seconds"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             continue
         took, count = took + seconds, count + 1
         size = Size(tokens, tokens)
@@ -415,21 +403,20 @@ def _correction(plan, shape, machine, notebook, out):
 def _methods_of(folder):
     """The methods that a report has evidence of; none where it is another notebook's."""
     try:
-        with (folder / "evidence.csv").open(encoding="utf-8", newline="") as stream:
-            return {row["method"] for row in csv.DictReader(stream)} & set(METHODS)
-    except (OSError, KeyError, ValueError, csv.Error):
+        return {*pd.read_csv(folder / "evidence.csv", usecols=["method"])["method"]} & {*METHODS}
+    except (OSError, ValueError):  # what pandas raises is one of these
         return set()
 
 
 # --- memory and disk ---------------------------------------------------------------------------
 
 
-def _memory(plan, shape, tokens, kinds, scores_only, workers):
+def _memory(plan, shape, left, scores_only, workers):
     """Bytes that this process and its workers hold at most: weights, one full pass, and Python."""
     per_token = gradient_bytes(SimpleNamespace(config=_config(plan.model)))
     most = 0
     for kind, (_, methods) in enumerate(plan.asked):
-        seqs = np.unique(tokens[kinds == kind]).astype(np.int64)
+        seqs = np.unique(plan.tokens[left & (plan.kinds == kind)]).astype(np.int64)
         many = scores_only or not methods or any(_many_gradients(name) for name in methods)
         rows = np.maximum(1, TOKENS_PER_BATCH["cpu"] // seqs) if many else 1
         most = max(most, int((rows * seqs).max(initial=0)))
@@ -454,10 +441,10 @@ def _disk(plan, left, scores_only):
 def _parameters(model):
     """The numbers in a model's weights, read off the headers of its files."""
     count = 0
-    for file in sorted(resolve_model(model).glob("*.safetensors")):
+    for file in resolve_model(model).glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                count += math.prod(tensors.get_slice(name).get_shape())
+            names = tensors.keys()
+            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
     return count
 
 
