@@ -24,7 +24,6 @@ from llama_reports.estimate import estimate
 from llama_reports.files import only_writer, read_mapping
 from llama_reports.gallery import write_index
 from llama_reports.jobs import DEFAULT_NOTEBOOK, finished, plan
-from llama_reports.prompts import check_method
 from llama_reports.run import keep_failure, report_source, run_report
 from llama_reports.scores import (
     DEFAULT_METHODS,
@@ -84,8 +83,6 @@ def main_command(
     try:
         if workers is not None and scheduler is not None:
             raise InputError("--workers starts a cluster and --scheduler joins one: give one.")
-        for name in method or []:
-            check_method(name)
         options: dict[str, Any] = {"model": model, "notebook": notebook, "dtype": dtype}
         jobs = plan(prompts, out=out, folders=not scores_only, methods=method or (), **options)
         planned = partial(estimate, jobs, out, threads=threads, scores_only=scores_only)

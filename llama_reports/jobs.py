@@ -14,6 +14,7 @@ import numpy as np
 import papermill
 from slugify import slugify
 
+from helpers.attribution import METHODS
 from helpers.errors import InputError
 from helpers.models import BUNDLED, load_tokenizer, public_name, resolve_model
 from helpers.questions import ANSWER, read_question
@@ -84,7 +85,8 @@ class Plan:
         out: str | Path | None = None,
         folders: bool = True,
     ) -> None:
-        self.path, self.model, self.dtype, self.methods = Path(path), model, dtype, list(methods)
+        self.path, self.model, self.dtype = Path(path), model, dtype
+        self.methods = [name for name in methods if METHODS[name]]  # refuses what is no method
         self._notebook, self._folders = notebook_path(notebook), folders
         self._digest = cache(notebook_digest)
         self._takes = cache(lambda source: set(papermill.inspect_notebook(literal(source))))
@@ -245,10 +247,8 @@ def _parameters(entry, notebook, takes, methods):
     given = {n: v for n, v in wanted.items() if v is not None and v is not False and v != []}
     for name in given:
         if name not in takes:
-            field = name.removesuffix("_text")
-            raise InputError(
-                f"The notebook {notebook.stem} has no parameter {name!r}: drop it.", field=field
-            )
+            wrong = f"The notebook {notebook.stem} has no parameter {name!r}: drop it."
+            raise InputError(wrong, field=name.removesuffix("_text"))
     return given
 
 
@@ -310,15 +310,11 @@ class _Folders:
             if entry.id is None:
                 if not name or is_reserved(name) or short in self.taken or not is_own:
                     continue
-            elif short in self.taken:
-                taken = f"Its id {entry.id!r} is that of {row.unit} {self.taken[short]}"
-                raise InputError(f"{taken}: choose another.", field="id")
-            elif not facts:
-                raise InputError(
-                    f"Its id {entry.id!r} names something in {self.out} that is no report: choose "
-                    "another.",
-                    field="id",
-                )
+            elif short in self.taken or not facts:
+                held = f"names something in {self.out} that is no report"
+                if short in self.taken:
+                    held = f"is that of {row.unit} {self.taken[short]}"
+                raise InputError(f"Its id {entry.id!r} {held}: choose another.", field="id")
             else:
                 self.replaced += not is_own
             self.taken[short] = row.at
