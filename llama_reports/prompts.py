@@ -90,26 +90,20 @@ def _as_names(value):
     return value.replace(",", " ").split() if isinstance(value, str) else value
 
 
-def check_method(name: str) -> str:
-    """``name`` if it is a method; ``InputError`` if there is none of that name."""
-    if name not in METHODS:
-        raise InputError(
-            f"There is no method {name!r}: choose from {', '.join(METHODS)}.", field="methods"
-        )
+def _check_method(name):
+    METHODS[name]  # which refuses a name that it does not have
     return name
 
 
 def _check_id(name):
     if not _SLUG.fullmatch(name):
-        raise InputError(
-            f"The id {name!r} cannot name a folder: use up to 80 letters, digits, '.', '_' and "
-            "'-', begin with a letter or digit and do not end with '.'."
-        )
-    if is_reserved(name):
-        raise InputError(
-            f"The id {name!r} cannot name a folder, since the name is in use: choose another."
-        )
-    return name
+        why = ": use up to 80 letters, digits, '.', '_' and '-', begin with a letter or digit and "
+        why += "do not end with '.'."
+    elif is_reserved(name):
+        why = ", since the name is in use: choose another."
+    else:
+        return name
+    raise InputError(f"The id {name!r} cannot name a folder{why}")
 
 
 def is_reserved(name: str) -> bool:
@@ -119,7 +113,7 @@ def is_reserved(name: str) -> bool:
 
 Text = Annotated[str, BeforeValidator(_as_text)]
 ShortText = Annotated[Text, Field(max_length=1000)]
-Method = Annotated[ShortText, AfterValidator(check_method)]
+Method = Annotated[ShortText, AfterValidator(_check_method)]
 
 
 class Entry(BaseModel):
@@ -234,17 +228,16 @@ class Row:
 
     def place(self, field: str | None = None) -> str:
         """Where it stands in words: ``prompts.csv, line 4, row 3, column 'target'``."""
-        suffix = Path(self.file).suffix.lower()
         parts = [self.file, f"{self.unit} {self.at}"]
-        if suffix == ".csv":
+        if self.kind == "CSV":
             parts.append(f"row {self.number}")
-        if suffix in (".yml", ".yaml"):
+        if self.kind == "YAML":
             raw = self.raw
             shown = (raw.get("id") or raw.get("prompt")) if isinstance(raw, dict) else raw
             shown = f" ({str(shown)[:40]!r})" if isinstance(shown, str | int | float) else ""
             parts.append(f"entry {self.number}{shown}")
         if field is not None:
-            parts.append(f"{'column' if suffix in ('.csv', '.parquet') else 'key'} {field!r}")
+            parts.append(f"{'column' if self.kind in ('CSV', 'Parquet') else 'key'} {field!r}")
         return ", ".join(parts)
 
 
@@ -269,21 +262,43 @@ def read_entries(path: str | Path) -> Iterator[Row]:
             f"{path} is of no kind that is known: prompts are YAML (.yml, .yaml), CSV (.csv), "
             "JSON Lines (.jsonl, .ndjson) or Parquet (.parquet)."
         )
-    rows = _until_unreadable(path, FORMATS[suffix][1])
+    rows = _rows(path, FORMATS[suffix][1])
     first = next(rows, None)  # so that a file that is none of these is refused at once
     if first is None:
         raise InputError(f"{path} holds no prompt: write at least one.")
     return itertools.chain([first], rows)
 
 
-def _until_unreadable(path, read):
+def _rows(path, read):
+    number = 0
     try:
-        yield from read(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
+        for number, (line, *found) in enumerate(read(path), start=1):
+            yield _row(path, number, line, *found)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{path}{_unreadable(path, error)}") from error
+    except pyarrow.ArrowException as error:
+        after = f" after row {number}" if number else ""
+        why = str(error).splitlines()[0]
+        raise InputError(f"{path} is not whole Parquet{after} ({why}): write it again.") from error
+
+
+def _unreadable(path, error):
+    """Why a file cannot be read on, as a sentence that its path begins."""
+    if isinstance(error, OSError):
+        return f" cannot be read: {error.strerror or error}."
+    if isinstance(error, RecursionError):
+        return " is nested too deeply: write a list of prompts."
+    if isinstance(error, UnicodeDecodeError):
         line = _first_line(path, lambda line: line.decode("utf-8", "ignore").encode() != line)
-        raise InputError(f"{path}, line {line}: this is not UTF-8: save it as UTF-8.") from error
+        return f", line {line}: this is not UTF-8: save it as UTF-8."
+    if isinstance(error, yaml.reader.ReaderError):  # it knows no line
+        bad = chr(error.character)
+        line = _first_line(path, lambda line: bad.encode("utf-8", "surrogatepass") in line)
+        why = f"the character {bad!r} cannot be in YAML: save the file as UTF-8 text."
+        return f", line {line}: {why}"
+    mark = getattr(error, "problem_mark", None)
+    where = f", line {mark.line + 1}" if mark else ""
+    return f"{where}: this is not YAML ({_yaml_problem(error)}): mind quotes and indentation."
 
 
 def _first_line(path, is_bad):
@@ -292,10 +307,11 @@ def _first_line(path, is_bad):
         return next((number for number, line in enumerate(stream, 1) if is_bad(line)), 1)
 
 
-def _row(path, number, line, read, *given):
-    """The ``Row`` of what ``read(*given)`` gives, or of what was wrong there."""
+def _row(path, number, line, problem, parse, *given):
+    """The ``Row`` of what ``parse(*given)`` gives, or of what was wrong there or before."""
     try:
-        return Row(path.name, number, line, read(*given))
+        if problem is None:
+            return Row(path.name, number, line, parse(*given))
     except InputError as error:
         problem = error
     except yaml.YAMLError as error:
@@ -337,55 +353,32 @@ class _Loader(_Fastest, Composer):
         return Composer.compose_node(self, parent, index)
 
 
-def _read_yaml(path):
-    with path.open(encoding="utf-8-sig") as stream:
-        try:
-            yield from _yaml_entries(path, _Loader(stream))
-        except yaml.reader.ReaderError as error:  # it knows no line
-            bad = chr(error.character)
-            line = _first_line(path, lambda line: bad.encode("utf-8", "surrogatepass") in line)
-            raise InputError(
-                f"{path}, line {line}: the character {bad!r} cannot be in YAML: save the file as "
-                "UTF-8 text."
-            ) from error
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f", line {mark.line + 1}" if mark else ""
-            raise InputError(
-                f"{path}{where}: this is not YAML ({_yaml_problem(error)}): mind quotes and "
-                "indentation."
-            ) from error
-        except RecursionError as error:
-            raise InputError(f"{path} is nested too deeply: write a list of prompts.") from error
-
-
 def _yaml_problem(error):
     return getattr(error, "problem", None) or str(error).splitlines()[0]
 
 
-def _yaml_entries(path, loader):
-    loader.get_event()  # the stream's start
-    empty = loader.check_event(yaml.StreamEndEvent)
-    if not empty:
-        loader.get_event()  # the document's
-    if empty or not loader.check_event(yaml.SequenceStartEvent):
-        raise InputError(
-            f"{path} must be a YAML list with at least one prompt, such as:\n"
-            '- "The capital city of Latvia is"'
-        )
-    loader.get_event()
-    for number in itertools.count(1):
-        if loader.check_event(yaml.SequenceEndEvent):
-            break
-        line = loader.peek_event().start_mark.line + 1
-        loader.composed = 0
-        node = loader.compose_node(None, None)
-        yield _row(path, number, line, _yaml_entry, loader, node)
-    loader.get_event()
-    loader.get_event()  # the document's end
-    if not loader.check_event(yaml.StreamEndEvent):
-        line = loader.peek_event().start_mark.line + 1
-        raise InputError(f"{path}, line {line}: a second document begins: keep one list.")
+def _read_yaml(path):
+    with path.open(encoding="utf-8-sig") as stream:
+        loader = _Loader(stream)
+        loader.get_event()  # the stream's start
+        empty = loader.check_event(yaml.StreamEndEvent)
+        if not empty:
+            loader.get_event()  # the document's
+        if empty or not loader.check_event(yaml.SequenceStartEvent):
+            raise InputError(
+                f"{path} must be a YAML list with at least one prompt, such as:\n"
+                '- "The capital city of Latvia is"'
+            )
+        loader.get_event()
+        while not loader.check_event(yaml.SequenceEndEvent):
+            line = loader.peek_event().start_mark.line + 1
+            loader.composed = 0
+            yield line, None, _yaml_entry, loader, loader.compose_node(None, None)
+        loader.get_event()
+        loader.get_event()  # the document's end
+        if not loader.check_event(yaml.StreamEndEvent):
+            line = loader.peek_event().start_mark.line + 1
+            raise InputError(f"{path}, line {line}: a second document begins: keep one list.")
 
 
 def _yaml_entry(loader, node):
@@ -460,7 +453,7 @@ def _read_csv(path):
         if header is None:
             return
         _check_header(f"{path}, line {reader.line_num}", header)
-        number, cells = 0, header
+        cells = header
         while cells is not None:
             line, problem = reader.line_num + 1, None
             try:
@@ -468,16 +461,8 @@ def _read_csv(path):
             except csv.Error as error:
                 problem = InputError(f"This is not CSV ({error}): mind the quotes.")
             problem = problems.pop() if problems else problem
-            if not cells and problem is None:
-                continue  # an empty line, or the end
-            number += 1
-            if problem is None and len(cells) != len(header):
-                problem = InputError(
-                    f"It has {len(cells)} cells and the header {len(header)}: put a text with "
-                    "commas in quotes."
-                )
-            raw = None if problem else _from_cells(header, cells)
-            yield Row(path.name, number, line, raw, problem)
+            if cells or problem:  # else an empty line, or the end
+                yield line, problem, _from_cells, header, cells
 
 
 def _check_header(where, names):
@@ -495,6 +480,11 @@ def _check_header(where, names):
 
 def _from_cells(header, cells):
     """What the cells of a CSV row, which are all text, mean; an empty one means not given."""
+    if len(cells) != len(header):
+        raise InputError(
+            f"It has {len(cells)} cells and the header {len(header)}: put a text with commas in "
+            "quotes."
+        )
     raw = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
     answer = raw.get("answer", "").lower()
     if answer in ("true", "false"):
@@ -506,14 +496,11 @@ def _from_cells(header, cells):
 
 def _read_jsonl(path):
     with path.open("rb") as stream:
-        problems, number = deque[InputError](maxlen=1), 0
+        problems = deque[InputError](maxlen=1)
         for line, text in enumerate(_lines(stream, problems), start=1):
-            if problems:
-                number += 1
-                yield Row(path.name, number, line, problem=problems.pop())
-            elif text.strip():
-                number += 1
-                yield _row(path, number, line, _json, text)
+            problem = problems.pop() if problems else None
+            if text.strip() or problem:
+                yield line, problem, _json, text
 
 
 def _json(text):
@@ -529,18 +516,11 @@ def _object(pairs):
 
 
 def _read_parquet(path):
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
-            _check_header(str(path), file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=256):
-                for index in range(len(batch)):
-                    number += 1
-                    yield _row(path, number, None, _parquet_entry, batch.slice(index, 1))
-    except pyarrow.ArrowException as error:
-        after = f" after row {number}" if number else ""
-        why = str(error).splitlines()[0]
-        raise InputError(f"{path} is not whole Parquet{after} ({why}): write it again.") from error
+    with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+        _check_header(str(path), file.schema_arrow.names)
+        for batch in file.iter_batches(batch_size=256):
+            for index in range(len(batch)):
+                yield None, None, _parquet_entry, batch.slice(index, 1)
 
 
 def _parquet_entry(row):
@@ -548,6 +528,7 @@ def _parquet_entry(row):
     return {name: cell for name, cell in cells.items() if cell is not None}
 
 
+# how each is called, and what reads it: (line, problem, function, what it parses) an entry
 FORMATS = {suffix: ("YAML", _read_yaml) for suffix in (".yml", ".yaml")}
 FORMATS |= {suffix: ("JSON", _read_jsonl) for suffix in (".jsonl", ".ndjson")}
 FORMATS |= {".csv": ("CSV", _read_csv), ".parquet": ("Parquet", _read_parquet)}
