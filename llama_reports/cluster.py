@@ -8,8 +8,9 @@ import contextlib
 import logging
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,6 @@ def run_on_cluster(
                 unfinished = lost.unfinished
 
 
-_NONE = object()  # no task; a task may be anything
-
-
 class _SchedulerLost(Exception):
     def __init__(self, unfinished):
         super().__init__("The scheduler went away.")
@@ -72,18 +70,15 @@ class _SchedulerLost(Exception):
 
 def _hand_out(client, function, tasks, suspects):
     """Yield what comes of ``tasks``; those that several workers died of go to ``suspects``."""
-    running, results = {}, as_completed()
-    tasks, task = iter(tasks), _NONE
+    running, waiting, results = {}, deque(), as_completed()
+    tasks = iter(tasks)
     try:
         while True:
             # a few in reserve: no worker waits for us, and a cluster that grows sees the queue
-            room = 2 * _threads(client) + 1 - len(running)
-            for _ in range(room):
-                task = next(tasks, _NONE)
-                if task is _NONE:
-                    break
-                future = client.submit(function, task, pure=False)
-                running[future], task = task, _NONE
+            waiting.extend(islice(tasks, max(0, 2 * _threads(client) + 1 - len(running))))
+            while waiting:
+                future = client.submit(function, waiting[0], pure=False)
+                running[future] = waiting.popleft()
                 results.add(future)
             if not running:
                 return
@@ -101,8 +96,7 @@ def _hand_out(client, function, tasks, suspects):
                 result, error = None, raised
             yield running.pop(future), result, error
     except (FutureCancelledError, CommClosedError, TimeoutError) as lost:
-        unfinished = [*running.values(), *([] if task is _NONE else [task])]
-        raise _SchedulerLost(unfinished) from lost
+        raise _SchedulerLost([*running.values(), *waiting]) from lost
 
 
 def _threads(client):
@@ -129,16 +123,14 @@ def _client(workers, scheduler, patience):
                     silence_logs=logging.CRITICAL,
                 )
             )
-            yield stack.enter_context(Client(scheduler))
-            return
         try:
-            client = Client(scheduler, timeout=patience)
+            client = stack.enter_context(Client(scheduler, timeout=patience))
         except (OSError, ValueError) as error:
             raise InputError(
                 f"There is no Dask scheduler at {scheduler} ({error}). What was finished is kept: "
                 "start one and run the same command again."
             ) from error
-        yield stack.enter_context(client)
+        yield client
 
 
 def _check_workers(client, folder, patience):
@@ -157,21 +149,16 @@ def _check_workers(client, folder, patience):
         probe.unlink()
     for worker, answer in seen.items():
         if isinstance(answer, Exception):
-            raise InputError(
-                f"The worker {worker} cannot run reports ({answer}): install this package there."
-            )
-        found, version = answer
-        if not found:
-            raise InputError(
-                f"The worker {worker} does not see {probe.parent}: use a folder that all machines "
-                "share, under the same path."
-            )
-        if version != _version():
-            raise InputError(
-                f"The worker {worker} runs another version of helpers, llama_reports, torch, "
-                "transformers, captum or numpy, and its numbers could differ: install the same "
-                "there."
-            )
+            why = f"cannot run reports ({answer}): install this package there."
+        elif not answer[0]:
+            why = f"does not see {probe.parent}: use a folder that all machines share, under the "
+            why += "same path."
+        elif answer[1] != _version():
+            why = "runs another version of helpers, llama_reports, torch, transformers, captum or "
+            why += "numpy, and its numbers could differ: install the same there."
+        else:
+            continue
+        raise InputError(f"The worker {worker} {why}")
 
 
 def _version():
