@@ -1,7 +1,7 @@
 """A process that has imported everything and loaded the model, and forks a kernel for every run.
 
-Started by ``llama_reports.warm``, which speaks with it over a socket: one JSON line asks for a
-kernel, one JSON line answers with its process number. A kernel is a copy of this process as it
+Started by ``llama_reports.warm``, which speaks with it over a pipe: one message asks for a kernel,
+one message answers with its process number. A kernel is a copy of this process as it
 was before any run, so nothing of one run is left for the next: no variable, seed, setting,
 imported or patched module, changed weight or leaked memory. Pages that a kernel does not write
 to, such as the weights, are shared.
@@ -11,43 +11,39 @@ thread pool of OpenMP does not survive a fork; and it never touches a GPU, since
 """
 
 import contextlib
-import json
 import os
 import random
 import signal
-import socket
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import torch
 
 
-def serve(channel: socket.socket, model: str | None, dtype: str) -> None:
+def serve(channel: Connection, model: str | None, dtype: str) -> None:
     """Get ready, say so, and fork kernels until the other end of ``channel`` is closed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     _get_ready(model, dtype)
-    stream = channel.makefile("rw")
-    _answer(stream, {"ready": True})
+    channel.send("ready")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # dead kernels are reaped by the system
-    for line in stream:
+    while True:
+        try:
+            request = channel.recv()
+        except EOFError:
+            return
         listening, tell = os.pipe()
         kernel = os.fork()
         if kernel == 0:
-            stream.close()
             channel.close()
             os.close(listening)
-            _become_kernel(**json.loads(line), threads=threads, tell=tell)
+            _become_kernel(**request, threads=threads, tell=tell)
         os.close(tell)
         os.read(listening, 1)  # a client that came before the kernel listens would try again later
         os.close(listening)
-        _answer(stream, {"pid": kernel})
-
-
-def _answer(stream, message):
-    stream.write(json.dumps(message) + "\n")
-    stream.flush()
+        channel.send(kernel)
 
 
 def _get_ready(model, dtype):
@@ -56,20 +52,14 @@ def _get_ready(model, dtype):
     A model that cannot be loaded is left to the run that needs it, which will say why.
     """
     import captum.attr  # noqa: F401
-    import ipykernel.debugger
-    import ipykernel.kernelapp  # noqa: F401
     import IPython.core.completer  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import matplotlib_inline.backend_inline  # noqa: F401
     import pandas  # noqa: F401
     import seaborn  # noqa: F401
+    from ipykernel import debugger, kernelapp  # noqa: F401
 
-    import helpers.attribution
-    import helpers.faithfulness
-    import helpers.ground_truth
-    import helpers.patching
-    import helpers.plots
-    import helpers.provenance  # noqa: F401
+    from helpers import attribution, faithfulness, ground_truth, patching, plots, provenance  # noqa: F401
     from helpers.errors import InputError
     from helpers.models import hold_model
 
@@ -109,4 +99,4 @@ def _become_kernel(connection_file, cwd, environment, threads, tell):
 
 if __name__ == "__main__":
     descriptor, model, dtype = sys.argv[1:]
-    serve(socket.socket(fileno=int(descriptor)), model or None, dtype)
+    serve(Connection(int(descriptor)), model or None, dtype)

@@ -11,15 +11,14 @@ import ast
 import asyncio
 import atexit
 import contextlib
-import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
+from multiprocessing import Pipe
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -42,7 +41,7 @@ class ForkServer:
     """
 
     def __init__(self, model: str | None, dtype: str) -> None:
-        ours, theirs = socket.socketpair()
+        self.channel, theirs = Pipe()
         with theirs:
             # -P: a file in the current folder must not stand in for a module
             command = [sys.executable, "-P", "-m", "llama_reports.fork_server"]
@@ -56,30 +55,27 @@ class ForkServer:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for the caller to deal with
             )
-        self.channel, self.stream = ours, ours.makefile("rw")
         self._read()
 
     def fork(self, connection_file: str, cwd: str, environment: dict[str, str]) -> "Forked":
         """A new kernel's process."""
         request = {"connection_file": connection_file, "cwd": cwd, "environment": environment}
-        self.stream.write(json.dumps(request) + "\n")
-        self.stream.flush()
-        return Forked(self._read()["pid"])
+        self.channel.send(request)
+        return Forked(self._read())
 
     def alive(self) -> bool:
         return self.process.poll() is None
 
     def close(self) -> None:
-        self.stream.close()
         self.channel.close()
         self.process.kill()
         self.process.wait()
 
     def _read(self):
-        line = self.stream.readline()
-        if not line:
-            raise ConnectionError("The process that starts kernels has died.")
-        return json.loads(line)
+        try:
+            return self.channel.recv()
+        except EOFError:
+            raise ConnectionError("The process that starts kernels has died.") from None
 
 
 class Forked:
