@@ -62,45 +62,22 @@ def run_report(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     source = source or report_source(job.notebook)
-    started = time.perf_counter()
-    attempt = 0
-    while True:
+    started, attempt, died = time.perf_counter(), 0, True
+    while died and attempt < ATTEMPTS:
         attempt += 1
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=out) as name:
-            work = Path(name)
-            error, died = _execute(source, job.parameters, work, engine)
-            if died and attempt < ATTEMPTS:
-                continue
-            seconds = time.perf_counter() - started
-            facts = _finish(work, _facts(job, model, error, attempt, seconds))
-            move_into_place(work, out / job.slug)
-            return facts
+            error, died = _execute(source, job.parameters, Path(name), engine)
+            if not died or attempt == ATTEMPTS:
+                seconds = time.perf_counter() - started
+                facts = _finish(Path(name), out, job, model, error, attempt, seconds)
+    return facts
 
 
 def keep_failure(job: Job, out: Path, model: str, error: str) -> dict[str, Any]:
     """The folder of a job that came to no end of its own, with ``error``; returns its facts."""
     with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=out) as name:
-        work = Path(name)
-        (work / "report.ipynb").write_text(report_source(job.notebook), encoding="utf-8")
-        facts = _finish(work, _facts(job, model, error, ATTEMPTS, 0.0))
-        move_into_place(work, out / job.slug)
-    return facts
-
-
-def _facts(job, model, error, attempts, seconds):
-    return {
-        "slug": job.slug,
-        "prompt": job.prompt,
-        "notebook": job.notebook.stem,
-        "model": public_name(model),
-        "question": job.question,
-        "identity": job.identity,
-        "code_version": _code_version(),
-        "tokens": job.tokens,
-        "error": error and error[:2000],
-        "attempts": attempts,
-        "seconds": round(seconds, 2),
-    }
+        Path(name, "report.ipynb").write_text(report_source(job.notebook), encoding="utf-8")
+        return _finish(Path(name), out, job, model, error)
 
 
 def _execute(source, parameters, work, engine):
@@ -128,20 +105,37 @@ def _execute(source, parameters, work, engine):
     return None, False
 
 
-def _finish(work, facts):
-    """Complete a report's folder: figures in their own, nothing private, the page, the facts."""
+def _finish(work, out, job, model, error, attempts=ATTEMPTS, seconds=0.0):
+    """Complete a report's folder and move it to ``out``; returns its facts.
+
+    Figures get a folder of their own, and nothing private is left.
+    """
     figures = work / "figures"
     figures.mkdir()
     for file in [*work.glob("*.png"), *work.glob("*.svg")]:
         file.rename(figures / file.name)
     thumbnail(work)
     hidden = _private(work)
+    facts = {
+        "slug": job.slug,
+        "prompt": job.prompt,
+        "notebook": job.notebook.stem,
+        "model": public_name(model),
+        "question": job.question,
+        "identity": job.identity,
+        "code_version": _code_version(),
+        "tokens": job.tokens,
+        "error": error and error[:2000],
+        "attempts": attempts,
+        "seconds": round(seconds, 2),
+    }
     facts = _without(hidden, facts)
     notebook = nbformat.read(work / "report.ipynb", as_version=4)
     _clean(notebook, hidden, facts)
     nbformat.write(notebook, work / "report.ipynb")
     (work / "report.html").write_text(report_page(notebook, facts), encoding="utf-8")
     (work / "report.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    move_into_place(work, out / job.slug)
     return facts
 
 
