@@ -43,6 +43,8 @@ SCORES |= {"score": pa.float64(), "error": pa.float64()}
 # columns whose median the comparison shows, and what it calls them
 MEDIANS = {"evidence_rank": "place", "evaluations": "gradients"}
 MEDIANS |= {name: name for name in ("gap", "seconds", "forwards")}
+IN_ONE_BLOCK = pyarrow.csv.ReadOptions(use_threads=False, block_size=2**26)
+OVER_LINES = pyarrow.csv.ParseOptions(newlines_in_values=True)
 LONGEST = 2000  # characters of a prompt or an error in the gallery; the report has all of them
 FEWEST = 5  # prompts for an interval: resampling fewer says too little about others
 
@@ -122,7 +124,7 @@ def write_index(out: str | Path) -> Path:
     sections = compare(reports)
     _draw_gaps(out, sections)
     counts = {"total": len(reports), "failed": sum(r.error is not None for r in reports)}
-    page = overview_page("comparison.html.j2", sections=sections, **counts)
+    page = overview_page("comparison.html.j2", sections=sections, median=np.median, **counts)
     write_whole(out / "comparison.html", page)
     page = overview_page(
         "index.html.j2",
@@ -176,18 +178,11 @@ def _read_csv(path, columns):
     A column of ``MAY_BE_EMPTY`` may be missing, and a number in it may be empty: both are null, as
     is a measure that is not finite.
     """
+    convert = pyarrow.csv.ConvertOptions(
+        column_types=columns, include_columns=list(columns), include_missing_columns=True
+    )
     try:
-        table = pyarrow.csv.read_csv(
-            path,
-            read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=2**26),
-            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types=columns,
-                include_columns=list(columns),
-                include_missing_columns=True,
-                strings_can_be_null=False,
-            ),
-        )
+        table = pyarrow.csv.read_csv(path, IN_ONE_BLOCK, OVER_LINES, convert)
     except (OSError, ValueError, KeyError):  # what pyarrow raises is one of these
         return None
     for place, name in enumerate(columns):
@@ -272,7 +267,6 @@ def _section(model, weights, group):
         "columns": names[:-1],  # of the lower triangle
         "usual": mode(pair["prompts"] for pair in pairs.values()) if pairs else 0,
         "gaps": _gaps(frames["evidence"]) if "evidence" in frames else {},
-        "figure": None,
     }
 
 
@@ -338,7 +332,7 @@ def _gaps(evidence):
 
 
 def _draw_gaps(out, sections):
-    """The gaps of each section as ``_figures/gaps-N.svg`` and ``.png``, and what they show.
+    """The gaps of each section as ``_figures/gaps-N.svg`` and ``.png``.
 
     No report can have that folder: the name of one begins with a letter or a digit.
     """
@@ -352,15 +346,6 @@ def _draw_gaps(out, sections):
             for path in save_figure(fig, f"gaps-{number}", work):
                 write_whole(out / "_figures" / path.name, path.read_bytes())
             plt.close(fig)
-        medians = "; ".join(
-            f"{method} {np.median(gaps):.1%} over {len(gaps)}"
-            for method, gaps in section["gaps"].items()
-        )
-        section["figure"] = {
-            "name": f"gaps-{number}",
-            "alt": f"Boxes on a logarithmic axis: the completeness gap of each report, by method. "
-            f"Medians: {medians}.",
-        }
 
 
 def gap_boxes(ax: Any, gaps: dict[str, np.ndarray], smallest: float = 1e-4) -> Any:
