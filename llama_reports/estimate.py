@@ -7,7 +7,7 @@ and a fixed time a layer. The three are measured in about half a second; no weig
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -116,10 +116,10 @@ class Estimate:
     to_run: int
     finished: int
     replaced: int
+    first: list[str]
     seconds: float = 0.0
     memory: int = 0
     disk: int = 0
-    first: list[str] = field(default_factory=list)
     basis: str = ""
     workers: int = 1
     unit: str = "report"
@@ -165,7 +165,7 @@ def estimate(
         done = partial(finished, out=out)
     left, first = _left(plan, done)
     unit, to_run = "prompt" if scores_only else "report", int(left.sum())
-    found = Estimate(to_run, len(plan) - to_run, plan.replaced, first=first, unit=unit)
+    found = Estimate(to_run, len(plan) - to_run, plan.replaced, first, unit=unit)
     if not to_run:
         return found
     shape = model_shape(plan.model, plan.dtype)
@@ -338,7 +338,7 @@ def report_work(shape: Shape, size: Size, methods: Iterable[str] = ()) -> np.nda
 
 
 def _seconds_of_jobs(plan, shape, machine, left, corrections):
-    """Seconds of each job that is left: of its report, or of its share of a batch of one size."""
+    """Seconds of the jobs that are left, in no order: of a report, or a share of a batch alike."""
 
     @cache
     def of(kind, size, count):
@@ -348,16 +348,12 @@ def _seconds_of_jobs(plan, shape, machine, left, corrections):
         together = methods_work(shape, size, methods or DEFAULT_METHODS, count)
         return machine.seconds(together, shape) / count
 
-    facts = np.stack([plan.kinds, plan.tokens, plan.units, plan.outputs])[:, left]
-    each = []
-    for start in range(0, facts.shape[1], WINDOW):  # as many as are sorted by length together
-        alike, place, counts = np.unique(
-            facts[:, start : start + WINDOW], axis=1, return_inverse=True, return_counts=True
-        )
-        columns = zip(alike.T.tolist(), counts.tolist(), strict=True)
-        taken = [of(kind, Size(*size), count) for (kind, *size), count in columns]
-        each.append(np.array(taken)[place.ravel()])
-    return np.concatenate(each)
+    windows = np.arange(left.sum()) // WINDOW  # as many as are sorted by length together
+    facts = [known[left] for known in (plan.kinds, plan.tokens, plan.units, plan.outputs)]
+    alike, counts = np.unique([windows, *facts], axis=1, return_counts=True)
+    columns = zip(alike.T.tolist(), counts.tolist(), strict=True)
+    taken = [of(kind, Size(*size), count) for (_, kind, *size), count in columns]
+    return np.repeat(taken, counts)
 
 
 def _basis(machine, corrections):

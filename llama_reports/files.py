@@ -59,19 +59,16 @@ def only_writer(out: Path) -> Iterator[None]:
     with the process that holds it, however that comes about.
     """
     out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock", timeout=0)
     try:
-        lock.acquire()
+        lock = FileLock(out / ".lock", timeout=0).acquire()
     except Timeout:
         raise InputError(
             f"Another run is writing to {out}: wait for it, or choose another --out."
         ) from None
-    try:
+    with lock:
         _clear(out)  # what a run left that was killed
         yield
         _clear(out)  # and what its workers left that died
-    finally:
-        lock.release()
 
 
 def _clear(out):

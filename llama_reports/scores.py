@@ -121,11 +121,10 @@ def discard_unfinished(out: str | Path) -> None:
     """
     out = Path(out)
     whole = {file.name for file in out.glob("prompts/part-*.parquet")}
-    for file in [*out.glob("scores/method=*/*"), *out.glob("evidence/method=*/*")]:
+    hidden = out.glob("prompts/.part-*")
+    for file in [*out.glob("scores/method=*/*"), *out.glob("evidence/method=*/*"), *hidden]:
         if file.name.startswith((".part-", "part-")) and file.name not in whole:
             file.unlink(missing_ok=True)
-    for file in out.glob("prompts/.part-*"):
-        file.unlink(missing_ok=True)
 
 
 # --- doing it ----------------------------------------------------------------------------------
@@ -303,16 +302,11 @@ def _extend_scores(columns, job, result):
 def _evidence_row(job, result, losses):
     """``losses`` [units] is what the objective loses by each unit, where occlusion was run."""
     strongest = int((result.scores if result.signed else result.scores.abs()).argmax())
-    return {
+    as_they_are = ("gap", "closed", "evaluations", "forwards", "seconds", "signed")
+    return {name: getattr(result, name) for name in as_they_are} | {
         "id": job.identity,
         "outputs": list(result.outputs) if len(result.outputs) > 1 else None,
-        "gap": result.gap,
-        "closed": result.closed,
         "largest_error": None if result.errors is None else float(result.errors.max()),
-        "evaluations": result.evaluations,
-        "forwards": result.forwards,
-        "seconds": result.seconds,
-        "signed": result.signed,
         "strongest": strongest,
         "strongest_loss": None if losses is None else float(losses[strongest]),
         "mean_loss": None if losses is None else float(losses.mean()),
