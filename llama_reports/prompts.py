@@ -447,7 +447,8 @@ def _read_csv(path):
         try:
             header = next((cells for cells in reader if cells), None)
         except csv.Error as error:
-            problems.extend([] if problems else [InputError(f"This is not CSV ({error}).")])
+            if not problems:
+                problems.append(InputError(f"This is not CSV ({error})."))
         if problems:
             raise InputError(f"{path}, line {reader.line_num or 1}: {problems[0]}")
         if header is None:
