@@ -310,10 +310,10 @@ def methods_work(shape: Shape, size: Size, methods: Iterable[str], rows: int = 1
     found = work()
     for names in readers.values():  # those who read one pass; relevance goes back by itself
         record = METHODS[names[0]]
-        options = record.options(size.units, size.tokens, BUDGET)
+        options = record.options(size.units, size.length, BUDGET)
         if options is not None:
             times = 1.5 if "relevance" in names and len(names) > 1 else 1.0
-            price = record.price(size.units, size.tokens, options)
+            price = record.price(size.units, size.length, options)
             found += times * priced(shape, price, size, rows)
     return found
 

@@ -36,6 +36,7 @@ PART = 512  # prompts: some ten thousand scores a method and file, and little lo
 WINDOW = 8 * PART  # prompts sorted by length together, so that a part holds few lengths
 SCHEMA_VERSION = "2"
 VERSION_KEY = b"llama_notebooks.scores_version"
+UNWRITTEN = ("template", "answer")  # parts that no writer of the prompt wrote
 
 
 def _schema(columns: str) -> pa.Schema:
@@ -300,8 +301,14 @@ def _extend_scores(columns, job, result):
 
 
 def _evidence_row(job, result, losses):
-    """``losses`` [units] is what the objective loses by each unit, where occlusion was run."""
-    strongest = int((result.scores if result.signed else result.scores.abs()).argmax())
+    """``losses`` [units] is what the objective loses by each unit, where occlusion was run.
+
+    The strongest unit is looked for where somebody wrote: a template's token, or one of the
+    answer's own, is nothing that a prompt could be changed in.
+    """
+    written = [i for i, unit in enumerate(result.units) if unit.part not in UNWRITTEN]
+    scores = result.scores if result.signed else result.scores.abs()
+    strongest = written[int(scores[written].argmax())]
     as_they_are = ("gap", "closed", "evaluations", "forwards", "seconds", "signed")
     return {name: getattr(result, name) for name in as_they_are} | {
         "id": job.identity,
@@ -309,8 +316,8 @@ def _evidence_row(job, result, losses):
         "largest_error": None if result.errors is None else float(result.errors.max()),
         "strongest": strongest,
         "strongest_loss": None if losses is None else float(losses[strongest]),
-        "mean_loss": None if losses is None else float(losses.mean()),
-        "most_loss": None if losses is None else float(losses.max()),
+        "mean_loss": None if losses is None else float(losses[written].mean()),
+        "most_loss": None if losses is None else float(losses[written].max()),
     }
 
 
