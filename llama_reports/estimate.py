@@ -17,14 +17,13 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 from transformers import AutoConfig
 
 from helpers.attribution import BUDGET, METHODS, Price
 from helpers.attribution.engine import FULL_PASS, TOKENS_PER_BATCH, gradient_bytes
-from helpers.models import public_name, resolve_model, tiny_llama
+from helpers.models import public_name, resolve_model, tensor_shapes, tiny_llama
 from llama_reports.files import read_mapping
 from llama_reports.jobs import DEFAULT_NOTEBOOK, Job, Plan, finished
 from llama_reports.scores import DEFAULT_METHODS, WINDOW
@@ -436,12 +435,7 @@ def _disk(plan, left, scores_only):
 
 def _parameters(model):
     """The numbers in a model's weights, read off the headers of its files."""
-    count = 0
-    for file in resolve_model(model).glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            names = tensors.keys()
-            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
-    return count
+    return sum(math.prod(shape) for shape in tensor_shapes(model).values())
 
 
 # --- in words ----------------------------------------------------------------------------------

