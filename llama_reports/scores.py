@@ -8,7 +8,6 @@ writes the same names. docs/scores.md describes the tables, column by column.
 import hashlib
 import io
 import json
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -219,8 +218,8 @@ def _answers(model, jobs, asked, methods, each):
     for wanted, places in groups.items():
         answers = _attribute(model, [asked[place] for place in places], wanted, each)
         found.update(zip(places, answers, strict=True))
-    if found and all(isinstance(answer, Exception) for answer in found.values()):
-        raise next(iter(found.values()))  # the fault is not a prompt's
+    if found and all(map(_not_of_a_prompt, found.values())):
+        raise next(iter(found.values()))
     return [_checked(found.get(place, error)) for place, error in enumerate(asked)]
 
 
@@ -241,23 +240,16 @@ def _attribute(model, questions, methods, each):
     return [answer for some in halves for answer in _attribute(model, some, methods, each)]
 
 
+def _not_of_a_prompt(answer):
+    """True for an error that is no prompt's fault, if every prompt meets one."""
+    overflow = isinstance(answer, InputError) and answer.field == "scores"
+    return isinstance(answer, Exception) and not overflow
+
+
 def _checked(answer):
-    """An answer, or the error that it has no numbers or one that is none."""
-    if isinstance(answer, Exception):
-        return answer
-    question, results = answer
-    if question.target is None:
+    """An answer, or the error that there is nothing to compare."""
+    if not isinstance(answer, Exception) and answer[0].target is None:
         return InputError("The foil is the model's own next token: name the target, too.")
-    numbers = {"the probability": [question.probability]}
-    for name, result in results.items():
-        errors = [] if result.errors is None else result.errors.tolist()
-        numbers[f"the method {name}"] = [*result.scores.tolist(), *errors, result.gap or 0.0]
-    for what, values in numbers.items():
-        if not all(map(math.isfinite, values)):
-            return InputError(
-                f"Numbers of {what} are not finite: they overflow in the model, so try float32, or "
-                "look at its weights."
-            )
     return answer
 
 

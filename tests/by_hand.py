@@ -57,7 +57,8 @@ def blank(model, question, replacement):
     if replacement == "zero":
         return torch.zeros_like(embeds)
     if replacement == "mean":
-        return table.float().mean(dim=0).expand_as(embeds)
+        every = torch.arange(len(table))  # as the layer gives them, which may scale them
+        return model.get_input_embeddings()(every).float().mean(dim=0).expand_as(embeds)
     if replacement == "eos":
         return table[model.config.eos_token_id].expand_as(embeds)
     found = embeds.clone()  # the neighbour before a unit, and after the first one

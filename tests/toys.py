@@ -6,6 +6,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -33,6 +35,7 @@ OTHERS = {
         Gemma2Config,
         GROUPED | {"head_dim": 8, "sliding_window": 64, "final_logit_softcapping": 2.0},
     ),
+    "scaled embeddings": (Gemma3ForCausalLM, Gemma3TextConfig, GROUPED | {"head_dim": 8}),
     "scaled logits": (GraniteForCausalLM, GraniteConfig, GROUPED | {"logits_scaling": 3.0}),
     "logits times a number": (CohereForCausalLM, CohereConfig, GROUPED | {"logit_scale": 0.5}),
 }

@@ -16,6 +16,8 @@ from inspect import signature
 from itertools import chain, islice
 from typing import Any
 
+import torch
+
 from helpers.attribution.engine import (
     Asked,
     asking,
@@ -89,7 +91,7 @@ def attribute(
     model is left as it was found.
 
     Raises ``InputError`` for an unknown method, option or precision, a method that this model does
-    not support, and one that the budget does not allow.
+    not support, one that the budget does not allow, and numbers that are not finite.
     """
     if objective is not None:
         if objective not in OBJECTIVES:
@@ -130,7 +132,7 @@ def attribute_all(
     ``seconds`` is a pass's time shared evenly among its rows, and among the methods that read it.
 
     Raises ``InputError``, before anything is run, for an unknown method or option and for a method
-    that does not support this model.
+    that does not support this model; and for numbers that are not finite.
     """
     wanted: dict[str, dict[str, Any]] = {name: {} for name in methods}
     if isinstance(methods, Mapping) and methods is not METHODS:
@@ -230,6 +232,13 @@ def _finished(question, facts, results, spent):
             return question, {}
     told = {}
     for name, result in results.items():
+        for numbers in (result.scores, result.errors, result.gap, question.probability):
+            if numbers is not None and not torch.as_tensor(numbers).isfinite().all():
+                raise InputError(
+                    f"Numbers of {name} are not finite: they overflow in the model, so try "
+                    "float32, or look at its weights.",
+                    field="scores",
+                )
         notes = question.notes
         if result.closed is False:
             notes += (f"{name} did not close: its scores are not yet those of the model.",)

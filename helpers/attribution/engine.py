@@ -494,6 +494,19 @@ def _pointwise_after_last_attention(model):
     return [last.self_attn.o_proj, last.mlp]
 
 
+def mean_embedding(model: Any) -> Tensor:
+    """The mean of all token embeddings, [dim] in float32, as the layer gives them.
+
+    A layer may do more than look a row up: Gemma's multiplies by the root of the width.
+    """
+    table = model.get_input_embeddings()
+    if type(table) is nn.Embedding:
+        return table.weight.detach().float().mean(dim=0)
+    ids = torch.arange(len(table.weight), device=table.weight.device)
+    with torch.no_grad():
+        return sum(table(some).double().sum(dim=0) for some in ids.split(4096)).float() / len(ids)
+
+
 def end_of_text(model: Any) -> Tensor:
     """The embedding of the end-of-text token, [dim]."""
     eos = model.config.eos_token_id

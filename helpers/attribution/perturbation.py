@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from helpers.attribution.engine import FINE, Asked, end_of_text
+from helpers.attribution.engine import FINE, Asked, end_of_text, mean_embedding
 from helpers.attribution.result import Attribution, attribution
 from helpers.errors import InputError
 
@@ -129,8 +129,7 @@ def blank(asked: Asked, replacement: str | Tensor | None = None) -> Tensor | Non
     if replacement == "zero":
         return torch.zeros_like(embeds)
     if replacement == "mean":
-        table = asked.model.get_input_embeddings().weight.detach()  # [vocab, dim]
-        return table.float().mean(dim=0).to(embeds).expand_as(embeds)
+        return mean_embedding(asked.model).to(embeds).expand_as(embeds)
     if replacement == "eos":
         return end_of_text(asked.model).expand_as(embeds)
     if replacement == "neighbour":

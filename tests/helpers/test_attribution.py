@@ -768,6 +768,15 @@ def test_an_unknown_baseline_is_refused_with_the_known_ones(tiny, method, name, 
     assert all(word in str(error.value) for word in ("average", *known.split()))
 
 
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"random", "alti_logit"}))
+def test_numbers_that_are_not_finite_are_an_error(method):
+    model, tokenizer = tiny_llama()
+    model.lm_head.weight.fill_(3e38)  # finite, and every logit overflows
+    question = ask(model, tokenizer, "Riga", target="a")
+    with pytest.raises(InputError, match=f"{method} are not finite"):
+        attribute(model, question, method)
+
+
 def test_an_unknown_option_is_refused_before_anything_is_run(tiny):
     def refused():
         with pytest.raises(InputError, match=r"occlusion cannot run: .*'baseline'"):

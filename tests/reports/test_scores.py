@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import re
 import subprocess
@@ -346,10 +345,9 @@ def test_a_fault_of_every_prompt_is_no_fault_of_theirs(tiny_folder, tmp_path):
     assert not list(tmp_path.rglob("*.parquet")) and finished_ids(tmp_path) == set()
 
 
-@pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_numbers_that_are_not_finite_are_an_error_of_each_prompt(tiny, tmp_path, number):
+def test_numbers_that_are_not_finite_are_an_error_of_each_prompt(tiny, tmp_path):
     model, tokenizer = tiny_llama()
-    model.model.layers[1].mlp.down_proj.weight[0, 0] = number
+    model.lm_head.weight.fill_(3e38)  # finite, and every logit overflows
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "broken")
     facts = score_part([job("ab"), job("cd")], tmp_path, model=str(tmp_path / "broken"))
