@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from helpers.architectures import stack_of
 from helpers.attribution import Attribution, asking, attribute
 from helpers.attribution.engine import working_precision
 from helpers.attribution.perturbation import coalition_values
@@ -179,12 +180,11 @@ def randomised(model: Any, layers: int, seed: int = 0) -> Iterator[Any]:
 
     notebooks/10_faithfulness.ipynb takes it apart.
     """
-    if not 0 <= layers <= len(model.model.layers):
-        raise InputError(
-            f"There are {len(model.model.layers)} layers to re-initialise, not {layers}."
-        )
+    stack = stack_of(model).layers
+    if not 0 <= layers <= len(stack):
+        raise InputError(f"There are {len(stack)} layers to re-initialise, not {layers}.")
     generator = torch.Generator().manual_seed(seed)
-    top = model.model.layers[len(model.model.layers) - layers :]
+    top = stack[len(stack) - layers :]
     matrices = [weight for layer in top for weight in layer.parameters() if weight.dim() == 2]
     kept = [weight.data for weight in matrices]
     try:

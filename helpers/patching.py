@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from helpers.architectures import stack_of
 from helpers.attribution.engine import Asked, asking
 from helpers.errors import InputError
 from helpers.questions import Question
@@ -73,7 +74,7 @@ def patch_positions(
     """
     if direction not in ("restore", "destroy"):
         raise InputError(f"The direction {direction!r} is unknown: use restore or destroy.")
-    layers, seq = len(model.model.layers), clean.input_ids.shape[1]
+    layers, seq = len(stack_of(model).layers), clean.input_ids.shape[1]
     chosen = _chosen(depths, layers + 1, "depth")
     first = first_difference(clean, corrupted)
     places = _chosen(positions, seq, "position")
@@ -127,7 +128,8 @@ def _objectives(asked, pair, cells, first, cache):
     before is the same in both, its keys and values are in ``cache``. ``cells`` are (depth,
     position), depths ascending.
     """
-    modules = [*asked.model.model.layers, asked.model.model.norm]
+    layers, norm = stack_of(asked.model)
+    modules = [*layers, norm]
     by_depth = {0: []}
     for depth, position in cells:
         by_depth.setdefault(depth, []).append(position - first)

@@ -4,11 +4,20 @@ import contextlib
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from helpers.attribution.engine import Asked, attending, attention_weights, sdpa
+from helpers.architectures import epsilon_of, gain_of, stack_of
+from helpers.attribution.engine import (
+    Asked,
+    attending,
+    attention_weights,
+    refuses_attending,
+    sdpa,
+)
 from helpers.attribution.result import Attribution, attributions
+from helpers.errors import InputError
 
+MISSED = 0.01  # of the objective in float32: parts that miss more are not the model's
 VECTORS_AT_ONCE = 2**24  # numbers in what one layer moves between positions, held in memory
 
 
@@ -49,9 +58,41 @@ def alti_logit(asked: Asked) -> list[Attribution]:
             found = _parts(asked.model, seen[text], asked.positions[some], read)
             scores[row, some] = found.cpu()
     totals = scores.sum(dim=2)
+    missed = (totals - moved).abs() / moved.abs().clamp(min=1)
+    if missed.max() > (MISSED if asked.embeds.dtype == torch.float32 else 0.2):
+        raise InputError(
+            f"alti_logit does not fit a {type(asked.model).__name__}: its parts miss "
+            f"{missed.max():.0%} of the objective. Take another method."
+        )
     if not asked.each:
         scores, totals, moved = (some.sum(dim=1, keepdim=True) for some in (scores, totals, moved))
     return attributions(asked, scores[..., : asked.columns], totals=totals, moved=moved, forwards=1)
+
+
+def refuses_parts(model: Any) -> str | None:
+    """``None`` for a model whose layers can be taken apart here, else why they cannot."""
+    try:
+        layers, norm = stack_of(model)
+        apart = gain_of(norm) is not None and all(map(_comes_apart, layers))
+    except InputError:
+        apart = False
+    if apart:
+        return refuses_attending(model)
+    return (
+        "It takes apart layers of an attention and a feed-forward that each read a norm and add to "
+        f"the stream, in plain matrices, and a {type(model).__name__} is made otherwise: take "
+        "another method, such as integrated_gradients."
+    )
+
+
+def _comes_apart(layer):
+    output = getattr(getattr(layer, "self_attn", None), "o_proj", None)
+    norms = [name for name, child in layer.named_children() if gain_of(child) is not None]
+    return (
+        type(output) is nn.Linear
+        and output.weight.is_floating_point()
+        and norms == ["input_layernorm", "post_attention_layernorm"]
+    )
 
 
 def _parts(model: Any, seen: dict[str, Any], positions: Tensor, directions: Tensor) -> Tensor:
@@ -59,15 +100,16 @@ def _parts(model: Any, seen: dict[str, Any], positions: Tensor, directions: Tens
 
     Output i reads ``directions[i]`` [dim] at ``positions[i]``; ``seen`` is what ``_run`` gives.
     """
-    norm = model.model.norm
+    layers, norm = stack_of(model)
+    gain: Any = gain_of(norm)
     final = seen["final"][positions]  # [outputs, dim]
-    scale = torch.rsqrt(final.pow(2).mean(dim=1, keepdim=True) + norm.variance_epsilon)
-    directions = directions * norm.weight.float() * scale  # [outputs, dim]
+    scale = torch.rsqrt(final.pow(2).mean(dim=1, keepdim=True) + epsilon_of(norm))
+    directions = directions * gain * scale  # [outputs, dim]
     mixed = torch.eye(len(seen["final"]), device=final.device)  # of which each position is made
     own = (seen["inputs"][0][positions] * directions).sum(dim=1, keepdim=True)
     scores = own * mixed[positions]
     for layer, states, weights, value, fed in zip(
-        model.model.layers,
+        layers,
         seen["inputs"],
         seen["weights"],
         seen["values"],
@@ -93,8 +135,9 @@ def _run(model, embeds):
         seen["values"].append(value[0].float())  # [kv heads, seq, head_dim]
         return sdpa(module, query, key, value, mask, scaling=scaling, **options)
 
+    layers, norm = stack_of(model)
     with contextlib.ExitStack() as hooks:
-        for layer in model.model.layers:
+        for layer in layers:
             before = layer.register_forward_pre_hook(
                 lambda module, args: seen["inputs"].append(args[0][0].float())  # [seq, dim]
             )
@@ -103,12 +146,12 @@ def _run(model, embeds):
             )
             hooks.callback(before.remove)
             hooks.callback(after.remove)
-        last = model.model.norm.register_forward_pre_hook(
+        last = norm.register_forward_pre_hook(
             lambda module, args: seen.update(final=args[0][0].float())  # [seq, dim]
         )
         hooks.callback(last.remove)
         with torch.inference_mode(), attending(model, keep_weights):
-            output = model.model(inputs_embeds=embeds, use_cache=False)
+            output = model.base_model(inputs_embeds=embeds, use_cache=False)
     seen["read"] = output.last_hidden_state[0].clone()  # not an inference tensor any more
     return seen
 

@@ -22,8 +22,9 @@ from transformers import (
     DynamicCache,
     LlamaForCausalLM,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from helpers.architectures import pointwise_after_last_attention
 from helpers.errors import InputError
 from helpers.prompts import Unit
 from helpers.questions import Facts, Question, read_facts
@@ -441,7 +442,7 @@ def asking(model: Any, questions: Sequence[Question], each: bool = False) -> Ite
             model.set_output_embeddings(
                 _Instead(lambda hidden: asked.gathered(hidden).to(weight.device))
             )
-        for module in _pointwise_after_last_attention(model) if head is not None else ():
+        for module in pointwise_after_last_attention(model) if head is not None else ():
             length = [0]
 
             def cut(module, args, length=length):
@@ -467,7 +468,7 @@ def plain_output_layer(model: Any) -> nn.Linear | None:
         return None
     name, layers, state = model.base_model_prefix, model.base_model, head.weight[:1, None]
     try:  # all that comes after layers and output layer, each of which gives the same at once
-        setattr(model, name, _Instead(lambda *_, **__: BaseModelOutputWithPast(state)))
+        setattr(model, name, _Instead(lambda *_, **__: MoeModelOutputWithPast(state)))
         model.set_output_embeddings(_Instead(lambda hidden: state))
         as_they_are = model.forward(inputs_embeds=state, use_cache=False).logits is state
     except Exception:  # a model that asks more of its layers
@@ -484,14 +485,6 @@ class _Instead(nn.Module):
     def __init__(self, function: Callable):
         super().__init__()
         self.forward = function
-
-
-def _pointwise_after_last_attention(model):
-    """Modules of a Llama's last layer that treat each position by itself; none in other models."""
-    if not isinstance(model, LlamaForCausalLM):
-        return []
-    last = model.model.layers[-1]
-    return [last.self_attn.o_proj, last.mlp]
 
 
 def mean_embedding(model: Any) -> Tensor:

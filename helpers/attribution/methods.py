@@ -8,12 +8,12 @@ from typing import Any
 
 from helpers.attribution.attention import attention, attention_rollout
 from helpers.attribution.control import random
-from helpers.attribution.decomposition import alti_logit
+from helpers.attribution.decomposition import alti_logit, refuses_parts
 from helpers.attribution.engine import Asked, refuses_attending
 from helpers.attribution.gradients import gradient_x_input, saliency
 from helpers.attribution.path import FIRST_EVALUATIONS, integrated_gradients
 from helpers.attribution.perturbation import occlusion, shapley, takes_all_subsets
-from helpers.attribution.relevance import is_llama, relevance
+from helpers.attribution.relevance import refuses_rules, relevance
 from helpers.attribution.result import Attribution
 from helpers.errors import InputError
 
@@ -113,8 +113,15 @@ BUILT_IN = [
         signed=False,
         refusal=refuses_attending,
     ),
-    Method("alti_logit", alti_logit, _one_forward, adds_up=True, refusal=is_llama),
-    Method("relevance", relevance, _one_gradient, adds_up=True, refusal=is_llama, reads="gradient"),
+    Method("alti_logit", alti_logit, _one_forward, adds_up=True, refusal=refuses_parts),
+    Method(
+        "relevance",
+        relevance,
+        _one_gradient,
+        adds_up=True,
+        refusal=refuses_rules,
+        reads="gradient",
+    ),
     Method(
         "integrated_gradients",
         integrated_gradients,

@@ -14,14 +14,15 @@ import contextlib
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from helpers.attribution.engine import Asked, attending, sdpa
+from helpers.architectures import places_of
+from helpers.attribution.engine import Asked, attending, refuses_attending, sdpa
 from helpers.attribution.result import Attribution, attributions
+from helpers.errors import InputError
 
 
 def relevance(asked: Asked, through_attention: bool = True) -> list[Attribution]:
@@ -61,14 +62,69 @@ def relevance(asked: Asked, through_attention: bool = True) -> list[Attribution]
     return attributions(asked, scores, totals=totals, moved=moved, evaluations=1)
 
 
-def is_llama(model: Any) -> str | None:
-    """``None`` for a Llama; for another model, why a method with rules for Llamas cannot run."""
-    if isinstance(model, LlamaForCausalLM):
-        return None
-    return (
-        f"It has rules for LlamaForCausalLM, and this is a {type(model).__name__}: take a Llama, "
-        "or another method, such as integrated_gradients."
-    )
+_fits: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+LEAK = {torch.float32: 1e-3}  # of what is handed back, lost to rounding; of another dtype 0.1
+
+
+def refuses_rules(model: Any) -> str | None:
+    """``None`` for a model that the rules fit, else why they do not. Tried once a model.
+
+    Every part with weights has to be one that there is a rule for, or linear. Then the rules are
+    tried on a few tokens: forward, they must change nothing, to the last bit; and what goes back
+    with constant attention weights must be all that came in, with what biases put in counted.
+    """
+    if model not in _fits:
+        _fits[model] = _refusal(model)
+    return _fits[model]
+
+
+def _refusal(model):
+    name = type(model).__name__
+    other = "take another method, such as integrated_gradients."
+    try:
+        stranger = places_of(model).stranger
+    except InputError:
+        stranger = name
+    if stranger is not None:
+        return (
+            "It has rules for root-mean-square norms and gated feed-forwards, as a Llama has them, "
+            f"and none for the {stranger} of a {name}: {other}"
+        )
+    refused = refuses_attending(model)
+    if refused is not None:
+        return refused
+    if not _conserves(model):
+        return f"Its rules do not fit a {name}, which was tried: they lose relevance: {other}"
+    return None
+
+
+def _conserves(model):
+    table = model.get_input_embeddings()
+    embeds = table(torch.arange(3, 7, device=table.weight.device))[None].detach()
+    biases = [weight for key, weight in model.named_parameters() if key.endswith("bias")]
+    inputs = [embeds, *biases]
+    found = [each.requires_grad for each in inputs]
+
+    def run():
+        return model.base_model.forward(inputs_embeds=embeds, use_cache=False)[0][0, -1]  # [dim]
+
+    try:
+        with torch.inference_mode(), attending(model, sdpa):
+            plain = run()
+        for each in inputs:
+            each.requires_grad_(True)
+        with torch.enable_grad(), relevance_rules(model, through_attention=False):
+            ruled = run()
+            direction = plain.sign()  # so that nothing cancels
+            total = (ruled * direction).sum()
+            slopes = torch.autograd.grad(total, inputs, allow_unused=True)
+    finally:
+        for each, before in zip(inputs, found, strict=True):
+            each.requires_grad_(before)
+    pairs = zip(slopes, inputs, strict=True)
+    back = sum((s * x.detach()).float().sum().item() for s, x in pairs if s is not None)
+    leak = abs(back - total.item()) / abs(total.item())
+    return torch.equal(ruled, plain) and leak <= LEAK.get(embeds.dtype, 0.1)
 
 
 @contextlib.contextmanager
@@ -129,18 +185,17 @@ class Either(torch.autograd.Function):
 def rules_in_place(
     model: Any, after: Callable, before: Callable, attend: Callable
 ) -> Iterator[None]:
-    """Put rules where a Llama needs one, while inside.
+    """Put rules where a model needs one, while inside.
 
     ``after`` is a forward hook of norms and activations, ``before`` a forward pre-hook of what
     takes the product of gate and up, and ``attend`` the attention of every layer.
     """
+    places = places_of(model)
     with contextlib.ExitStack() as hooks:
-        for module in model.modules():
-            if isinstance(module, LlamaRMSNorm):
-                hooks.callback(module.register_forward_hook(after).remove)
-            elif isinstance(module, LlamaMLP):
-                hooks.callback(module.act_fn.register_forward_hook(after).remove)
-                hooks.callback(module.down_proj.register_forward_pre_hook(before).remove)
+        for module in (*places.norms, *places.activations):
+            hooks.enter_context(module.register_forward_hook(after))
+        for module in places.products:
+            hooks.enter_context(module.register_forward_pre_hook(before))
         hooks.enter_context(attending(model, attend))
         yield
 

@@ -340,7 +340,9 @@ def test_what_a_model_does_not_support_is_refused_before_anything_is_run(tiny, m
     questions = [read(model, tiny[1], {"prompt": "Riga is in"})]
 
     def refused():
-        with pytest.raises(InputError, match=r"Llama|There is no method 'astrology'"):
+        with pytest.raises(
+            InputError, match=r"made otherwise|as a Llama has|There is no method 'astrology'"
+        ):
             list(attribute_all(model, questions, ["saliency", "occlusion", method]))
 
     _, gradients, forwards = rows_run(model, refused)

@@ -430,7 +430,7 @@ def test_half_precision_comes_near(tiny, through):
 
 def test_other_models_are_refused(tiny):
     linear = LinearCausalModel(tiny[1])
-    with pytest.raises(InputError, match=r"LlamaForCausalLM.*LinearCausalModel"):
+    with pytest.raises(InputError, match=r"as a Llama has them.*LinearCausalModel"):
         run(linear, ask(linear, tiny[1], PROMPT, target="a"))
 
 
