@@ -26,7 +26,6 @@ from llama_reports.gallery import write_index
 from llama_reports.jobs import DEFAULT_NOTEBOOK, finished, plan
 from llama_reports.run import keep_failure, report_source, run_report
 from llama_reports.scores import (
-    DEFAULT_METHODS,
     chunks,
     discard_unfinished,
     finished_ids,
@@ -169,7 +168,7 @@ def _score_all(jobs, out, cluster, threads):
     discard_unfinished(out)
     before = sum(job.identity in known for job in jobs)
     options = {"model": jobs.model, "dtype": jobs.dtype, "threads": threads}
-    options["methods"] = jobs.methods or DEFAULT_METHODS
+    options["methods"] = jobs.methods
     function = partial(score_part, out=out.resolve(), **options)
     parts, done, failed, told, interrupted = chunks(jobs, done=known), 0, 0, 0, True
     with (

@@ -136,17 +136,19 @@ def score_part(
     *,
     model: str = BUNDLED,
     dtype: str = "float32",
-    methods: Sequence[str] = DEFAULT_METHODS,
+    methods: Sequence[str] = (),
     each: bool = False,
     threads: int = 1,
 ) -> dict[str, Any]:
     """Attribute ``jobs`` together and write their part of the tables in ``out``; returns facts.
 
-    A job's own methods, where a job names some, go before ``methods``; a method that ``BUDGET`` is
-    too small for is left out, prompt by prompt. A prompt that cannot be run, or whose scores are
-    not finite, gets its row in ``prompts`` with the error, and the others are not held up.
-    ``each`` adds the scores of every output token by itself. The model is loaded at the first call
-    in a process and kept. ``threads`` is the number of torch's threads while inside.
+    A job's own methods, where a job names some, go before ``methods``; where neither names any,
+    they are ``DEFAULT_METHODS``, of which those that the model does not support are left out. A
+    method that ``BUDGET`` is too small for is left out, prompt by prompt. A prompt that cannot be
+    run, or whose scores are not finite, gets its row in ``prompts`` with the error, and the others
+    are not held up. ``each`` adds the scores of every output token by itself. The model is loaded
+    at the first call in a process and kept. ``threads`` is the number of torch's threads while
+    inside.
 
     The facts are plain values: ``part``, ``prompts``, ``failed``, ``tokens`` (those attributed),
     ``bytes`` on disk, and ``seconds`` by what they were spent on.
@@ -162,12 +164,13 @@ def score_part(
         torch.set_num_threads(threads)
         loaded, tokenizer, origin = _loaded(model, dtype)
         list(attribute_all(loaded, [], methods))  # refuses a method before anything is run
+        supported = [name for name in DEFAULT_METHODS if METHODS[name].refusal(loaded) is None]
         clock.append(time.perf_counter())
         asked = [_ask(loaded, tokenizer, job) for job in jobs]
         clock.append(time.perf_counter())
-        answers = _answers(loaded, jobs, asked, methods, each)
+        answers = _answers(loaded, jobs, asked, methods or supported, each)
         clock.append(time.perf_counter())
-        tables = _tables(tokenizer, jobs, answers, methods, origin)
+        tables = _tables(tokenizer, jobs, answers, methods or DEFAULT_METHODS, origin)
         written = sum(_write(Path(out, folder, name), table) for folder, table in tables)
         clock.append(time.perf_counter())
     spent = [after - before for before, after in pairwise(clock)]

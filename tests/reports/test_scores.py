@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from toys import toy
 
 from helpers import METHODS, InputError, ask, attribute, tiny_llama
 from helpers.attribution import BUDGET
@@ -355,6 +356,24 @@ def test_numbers_that_are_not_finite_are_an_error_of_each_prompt(tiny, tmp_path)
     prompts = read(tmp_path, "prompts")
     assert prompts["error"].str.contains("not finite").all()
     assert not (tmp_path / "scores").exists()
+
+
+@pytest.mark.parametrize("name, missing", [("gpt-neox", ["relevance"]), ("a sliding window", [])])
+def test_of_the_methods_that_nobody_named_those_run_that_the_model_supports(
+    tiny, tmp_path, name, missing
+):
+    folder = tmp_path / "another"
+    for part in (toy(name, tiny[1]), tiny[1]):
+        part.save_pretrained(folder)
+    facts = score_part([job("ab"), job("cd")], tmp_path / "out", model=str(folder))
+    assert (facts["prompts"], facts["failed"]) == (2, 0)
+    prompts = read(tmp_path / "out", "prompts")
+    assert [list(some) for some in prompts["left_out"]] == [missing] * 2
+    found = set(read(tmp_path / "out", "scores")["method"])
+    assert found == set(DEFAULT_METHODS) - set(missing)
+    if missing:
+        with pytest.raises(InputError, match="none for the LayerNorm"):
+            score_part([job("ab")], tmp_path / "no", model=str(folder), methods=missing)
 
 
 def test_a_method_or_a_model_that_will_not_do_is_refused(tiny_folder, tmp_path):
