@@ -29,7 +29,7 @@ PROMPTS = 200
 METHODS = ("gradient_x_input", "relevance", "50 fixed steps", "occlusion")
 DEFAULT_METHODS = ("relevance", "saliency", "gradient_x_input", "random")
 # tokens that a measurement takes together, so that a short prompt is measured several times
-TIMES = {"gradient_x_input": 90, "relevance": 60, "50 fixed steps": 1, "occlusion": 12}
+TIMES = {"gradient_x_input": 90, "relevance": 60, "50 fixed steps": 18, "occlusion": 12}
 
 
 def works():

@@ -36,6 +36,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from helpers.errors import InputError
@@ -95,7 +96,9 @@ def load_model(
             )
         except SafetensorError as error:
             raise _damaged_weights(shown, error) from error
-        except ValueError as error:  # an architecture that this version of transformers lacks
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a stranger's files make transformers say
             raise InputError(f"{shown} cannot be loaded: {_first_line(error)}") from error
     model, report = loaded
     _check_weights(shown, model, report)
@@ -147,7 +150,7 @@ def load_tokenizer(name: str | Path | None = BUNDLED) -> Any:
 def _read_tokenizer(folder, shown):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **_SAFELY)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a stranger's files make transformers say
         raise InputError(
             f"{shown} has no tokenizer that transformers can read: "
             f"{_first_line(error)} Save one beside the weights with tokenizer.save_pretrained."
@@ -190,7 +193,8 @@ def resolve_model(name: str | Path | None = BUNDLED) -> Path:
         raise InputError(
             f"{shown} has a config.json that is not that of a model: fetch it again."
         ) from error
-    if not any(name.endswith("ForCausalLM") for name in architectures):
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    if not any(name.endswith("ForCausalLM") or name in known for name in architectures):
         raise InputError(
             f"{shown} is {' or '.join(architectures) or 'of no stated architecture'}, not a causal "
             "language model: choose one whose architecture ends in ForCausalLM."
@@ -312,7 +316,7 @@ def bundled_model() -> Path:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         what = "The disk is full" if full else "The cache folder cannot be written"
         raise InputError(
-            f"{what}: {cache} ({_first_line(error)}). The bundled model needs "
+            f"{what}: {cache} ({_first_line(error).removesuffix('.')}). The bundled model needs "
             f"{_ROOM_NEEDED / 1e6:.0f} MB there while it is fetched: make room, or set "
             "LLAMA_NOTEBOOKS_CACHE to a folder that has it."
         ) from error
@@ -512,7 +516,11 @@ def _quiet(bars: bool = False):
 
 
 def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says, as the end of a sentence."""
+    if isinstance(error, KeyError):
+        return f"it names {error}, which is not known."
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return said if said.endswith(".") else f"{said}."
 
 
 if __name__ == "__main__":

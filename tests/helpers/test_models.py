@@ -18,6 +18,7 @@ import pytest
 import torch
 from running import PATIENCE
 from safetensors.torch import load_file, save_file
+from toys import toy
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 from helpers import InputError, ask, attribute, load_model, models, tiny_llama
@@ -489,6 +490,47 @@ def test_a_configuration_without_a_list_of_architectures_is_refused(folder, arch
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"architectures": architectures}))
     assert "causal" in refusal(load_model, folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"quantization_config": {"quant_method": "awq", "bits": 4}},
+        {"quantization_config": {"quant_method": "compressed-tensors"}},
+        {"quantization_config": 7},
+        {"num_hidden_layers": True},
+        {"num_hidden_layers": -1},
+        {"hidden_size": "large"},
+        {"hidden_size": 33},
+        {"num_attention_heads": 0},
+        {"vocab_size": 7},
+        {"rope_parameters": {"rope_type": "nonsense"}},
+        {"hidden_act": "nonsense"},
+        {"architectures": 7},
+        {"model_type": 7},
+    ],
+    ids=repr,
+)
+def test_a_configuration_that_its_weights_do_not_fit_is_one_sentence(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    message = refusal(load_model, folder)
+    assert "my-llama" in message
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "7", "{", '{"model": {"type": "BPE"}}'])
+def test_a_tokenizer_that_cannot_be_read_is_one_sentence(folder, text):
+    (folder / "tokenizer.json").write_text(text)
+    assert "my-llama has no tokenizer" in refusal(load_model, folder)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "a cap on logits"])
+def test_other_families_load(tiny, tmp_path, name):
+    for part in (toy(name, tiny[1]), tiny[1]):
+        part.save_pretrained(tmp_path / "another")
+    model, tokenizer = load_model(tmp_path / "another")
+    assert ask(model, tokenizer, "Riga").probability > 0
 
 
 def test_an_architecture_that_does_not_exist_is_refused(folder):
