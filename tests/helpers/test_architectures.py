@@ -7,7 +7,7 @@ import transformers
 from toys import GROUPED, toy
 from watching import rows_run
 
-from helpers import METHODS, InputError, ask, attribute, tiny_llama
+from helpers import METHODS, InputError, ask, attribute, load_model, tiny_llama
 from helpers.architectures import gain_of, gated_parts, places_of, stack_of
 from helpers.attribution import asking
 from helpers.attribution import relevance as module
@@ -210,3 +210,28 @@ def test_parts_are_found_by_what_they_do(tiny):
     for name in ("gpt2", "gpt-neox"):
         layers, norm = stack_of(toy(name, tiny[1]))
         assert len(layers) == 2 and isinstance(norm, torch.nn.LayerNorm)
+
+
+def test_weights_of_eight_bits_are_not_read_as_numbers(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model, tokenizer = tiny_llama()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "whole")
+    eight = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "whole", quantization_config=eight
+    )
+    for part in (quantised, tokenizer):
+        part.save_pretrained(tmp_path / "eight")
+    model, tokenizer = load_model(tmp_path / "eight")
+    assert type(model.model.layers[0].self_attn.o_proj) is not torch.nn.Linear
+    question = ask(model, tokenizer, PROMPT, foil="b")
+    with pytest.raises(InputError, match="in plain matrices"):
+        attribute(model, question, "alti_logit")
+    with pytest.raises(InputError, match="they lose relevance"):
+        attribute(model, question, "relevance")  # what eight bits round away is lost to the rules
+    near(
+        attribute(model, question, "occlusion").scores,
+        by_hand.falls(model, question, "mean"),
+        0.02,  # activations are rounded to eight bits too
+    )
