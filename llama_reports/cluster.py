@@ -20,7 +20,8 @@ from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 
 from helpers.errors import InputError
-from llama_reports.versions import code_version
+from helpers.models import public_name
+from llama_reports.versions import code_version, model_digest
 
 PATIENCE = 120  # seconds to wait for a scheduler that went away, or for a first worker
 DEATHS = 1  # workers that may die under a task before it is set aside, on a cluster of our own
@@ -34,6 +35,7 @@ def run_on_cluster(
     workers: int | None = None,
     scheduler: str | None = None,
     patience: float = PATIENCE,
+    model: str | None = None,
 ) -> Iterator[tuple[Any, Any, Exception | None]]:
     """``function(task)`` for every task, on ``workers`` processes here or on a running cluster.
 
@@ -46,13 +48,13 @@ def run_on_cluster(
 
     ``scheduler`` is an address such as ``"tcp://10.0.0.1:8786"``. Raises ``InputError`` if there is
     none within ``patience`` seconds, no worker comes within it, or a worker does not see
-    ``folder`` or runs another version of this package.
+    ``folder``, runs another version of this package, or has other weights under the name ``model``.
     """
     unfinished, suspects = list[Any](), list[Any]()
     tasks = iter(tasks)
     while True:
         with _client(workers, scheduler, patience) as client:
-            _check_workers(client, folder, patience)
+            _check_workers(client, folder, patience, model)
             try:
                 yield from _hand_out(client, function, chain(unfinished, tasks), suspects)
                 while suspects:  # one at a time, so that nothing else can be to blame
@@ -133,8 +135,8 @@ def _client(workers, scheduler, patience):
         yield client
 
 
-def _check_workers(client, folder, patience):
-    """Raise ``InputError`` unless all workers see ``folder`` and run this very code."""
+def _check_workers(client, folder, patience, model=None):
+    """Raise ``InputError`` unless all workers see ``folder``, run this code and have ``model``."""
     try:
         client.wait_for_workers(1, timeout=patience)
     except TimeoutError:
@@ -144,7 +146,7 @@ def _check_workers(client, folder, patience):
     probe = Path(folder).resolve() / f".probe-{uuid.uuid4().hex}"
     probe.touch()
     try:
-        seen = client.run(_look, str(probe), on_error="return")
+        seen = client.run(_look, str(probe), model, on_error="return")
     finally:
         probe.unlink()
     for worker, answer in seen.items():
@@ -156,6 +158,8 @@ def _check_workers(client, folder, patience):
         elif answer[1] != _version():
             why = "runs another version of helpers, llama_reports, torch, transformers, captum or "
             why += "numpy, and its numbers could differ: install the same there."
+        elif model and answer[2] != model_digest(model):
+            why = f"has another model under the name {public_name(model)}: copy this one there."
         else:
             continue
         raise InputError(f"The worker {worker} {why}")
@@ -165,8 +169,8 @@ def _version():
     return code_version(), code_version(Path(__file__).resolve().parent)
 
 
-def _look(path):
+def _look(path, model=None):
     deadline = time.monotonic() + 5  # a shared folder may be slow to tell
     while not Path(path).exists() and time.monotonic() < deadline:
         time.sleep(0.2)
-    return Path(path).exists(), _version()
+    return Path(path).exists(), _version(), model_digest(model) if model else None

@@ -43,7 +43,7 @@ def main_command(
         Path, typer.Argument(help="Prompts: .yml, .csv, .jsonl or .parquet.", metavar="PROMPTS")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the reports.")] = Path("outputs/reports"),
-    model: Annotated[str, typer.Option(help="Bundled, hub or folder model.")] = BUNDLED,
+    model: Annotated[str, typer.Option(help="Bundled, hub name, folder or .gguf.")] = BUNDLED,
     notebook: Annotated[
         str, typer.Option(help="Notebook to run: a name, or a path to an .ipynb file.")
     ] = DEFAULT_NOTEBOOK,
@@ -132,7 +132,7 @@ def _report_all(jobs, out, cluster, threads):
     function = partial(_report, out=out.resolve(), model=jobs.model, threads=threads)
     with (
         suppress(KeyboardInterrupt),
-        closing(_results(function, tasks, out, cluster)) as results,
+        closing(_results(function, tasks, jobs, out, cluster)) as results,
         tqdm(total=left, unit="report", disable=None) as bar,
     ):
         for (job, _), facts, error in results:
@@ -177,7 +177,7 @@ def _score_all(jobs, out, cluster, threads):
     ):
         while parts:
             halves = []
-            with closing(_results(function, parts, out, cluster)) as results:
+            with closing(_results(function, parts, jobs, out, cluster)) as results:
                 for part, facts, error in results:
                     if error is None:
                         done += facts["prompts"]
@@ -198,7 +198,7 @@ def _score_all(jobs, out, cluster, threads):
     return failed, interrupted
 
 
-def _results(function, tasks, out, cluster):
+def _results(function, tasks, jobs, out, cluster):
     """``(task, result, error)`` of every task: here, or on a cluster.
 
     An error that is no task's own, such as a full disk, is raised.
@@ -209,7 +209,9 @@ def _results(function, tasks, out, cluster):
     else:
         from llama_reports.cluster import run_on_cluster  # takes a second to import
 
-        results = run_on_cluster(function, tasks, out, workers=workers, scheduler=scheduler)
+        model = None if scheduler is None else jobs.model  # workers here read the same files
+        options: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "model": model}
+        results = run_on_cluster(function, tasks, out, **options)
     with closing(results):
         for task, result, error in results:
             if isinstance(error, (InputError, OSError)):

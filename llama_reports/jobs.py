@@ -85,15 +85,16 @@ class Plan:
         out: str | Path | None = None,
         folders: bool = True,
     ) -> None:
-        self.path, self.model, self.dtype = Path(path), model, dtype
+        folder = Path(model).expanduser()  # whole: kernels and workers run in other folders
+        local = model != BUNDLED and folder.exists()
+        self.model = str(folder.resolve()) if local else str(model)
+        self.path, self.dtype, self.model_digest = Path(path), dtype, model_digest(self.model)
         self.methods = [name for name in methods if METHODS[name]]  # refuses what is no method
         self._notebook, self._folders = notebook_path(notebook), folders
         self._digest = cache(notebook_digest)
         self._takes = cache(lambda source: set(papermill.inspect_notebook(literal(source))))
-        folder = Path(model).expanduser()  # whole, since kernels run in another folder than we do
-        shown = str(folder.resolve()) if folder.is_dir() else str(model)
-        self._given = {"model_name": shown, "dtype": dtype, "output_dir": "."}
-        self._by = [public_name(model), model_digest(model), code_version()]
+        self._given = {"model_name": self.model, "dtype": dtype, "output_dir": "."}
+        self._by = [public_name(model), self.model_digest, code_version()]
         # shortened digests of questions, and the levels of names; see _name
         self._questions, self._levels = array("Q"), array("B")
         if "prompt" not in self._takes(self._notebook):

@@ -191,7 +191,7 @@ except InputError as error:
     assert f"no Dask scheduler at {address}" in done.stdout, done.stderr
 
 
-def test_a_worker_that_does_not_see_the_folder_is_named(tmp_path, monkeypatch):
+def test_a_worker_that_does_not_see_the_folder_is_named(tmp_path, monkeypatch, tiny_folder):
     from distributed import LocalCluster
 
     from llama_reports import cluster
@@ -203,6 +203,13 @@ def test_a_worker_that_does_not_see_the_folder_is_named(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="does not see"):
             cluster._check_workers(client, tmp_path, 5)
         monkeypatch.undo()
+        cluster._check_workers(client, tmp_path, 5, tiny_folder)
+        monkeypatch.setattr(cluster, "model_digest", lambda model: "of other weights")
+        with pytest.raises(InputError, match="another model under the name"):
+            cluster._check_workers(client, tmp_path, 5, tiny_folder)
+        monkeypatch.undo()
+        with pytest.raises(InputError, match=r"cannot run reports .*no model folder"):
+            cluster._check_workers(client, tmp_path, 5, "/no/such/model")
         monkeypatch.setattr(cluster, "_version", lambda: "another")
         with pytest.raises(InputError, match="another version"):
             cluster._check_workers(client, tmp_path, 5)
