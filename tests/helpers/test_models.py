@@ -509,6 +509,9 @@ def test_a_configuration_without_a_list_of_architectures_is_refused(folder, arch
         {"rope_parameters": {"rope_type": "nonsense"}},
         {"hidden_act": "nonsense"},
         {"architectures": 7},
+        {"num_labels": 10**8},
+        {"num_hidden_layers": 10**9},
+        {"text_config": {"num_experts": 10**9}},
         {"model_type": 7},
     ],
     ids=repr,
@@ -518,6 +521,22 @@ def test_a_configuration_that_its_weights_do_not_fit_is_one_sentence(folder, cha
     (folder / "config.json").write_text(json.dumps(config | change))
     message = refusal(load_model, folder)
     assert "my-llama" in message
+
+
+def test_a_file_that_is_none_is_named_before_anything_is_read(folder):
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    (folder / "generation_config.json").symlink_to("/dev/zero")
+    for look in (load_model, load_tokenizer, resolve_model, weights_digest):
+        assert "generation_config.json, which is no regular file" in refusal(look, folder)
+
+
+DAMAGED = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+
+
+def test_a_tokenizer_that_panics_is_one_sentence(folder):
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(whole | {"normalizer": DAMAGED}))
+    assert "my-llama has no tokenizer" in refusal(load_model, folder)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "7", "{", '{"model": {"type": "BPE"}}'])
@@ -637,7 +656,7 @@ def test_a_part_that_is_missing_or_no_regular_file_is_named(folder):
     an_index(folder, {"model.norm.weight": "model-1.safetensors"})
     assert "lacks the file model-1.safetensors" in refusal(load_model, folder)
     os.mkfifo(folder / "model-1.safetensors")
-    assert "lacks the file model-1.safetensors" in refusal(load_model, folder)
+    assert "model-1.safetensors, which is no regular file" in refusal(load_model, folder)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "7", '{"weight_map": 7}', '{"weight_map": [1]}', "{}"])

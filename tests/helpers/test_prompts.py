@@ -2,17 +2,19 @@
 
 import copy
 import json
+import threading
 import time
 import unicodedata
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from running import PATIENCE
 from small_tokenizers import gpt2, sentencepiece
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from helpers import InputError, tiny_llama
+from helpers import InputError, prompts, tiny_llama
 from helpers.prompts import (
     PARTS,
     UNITS,
@@ -189,6 +191,7 @@ def test_tokens_cover_the_text_in_order_and_make_every_kind_of_unit(tokenizer, t
 
 @with_a_template
 @given(texts=st.lists(texts, min_size=1, max_size=3))
+@example(texts=["0", " 0\x85"])
 @settings(deadline=None, max_examples=40)
 def test_a_chat_is_that_of_the_template_and_is_split_into_units(tokenizer, texts):
     roles = ("user", "assistant", "user")
@@ -568,6 +571,35 @@ def test_a_template_that_wants_parts_gets_them(template):
     prompt = read_prompt(templated(template), [user("Hi there")])
     assert prompt.text == "<|im_start|>Hi there<|im_end|>"
     assert prompt.parts[1:-1] == ["user"] * 8
+
+
+@pytest.mark.parametrize("inside", ["the main thread", "another thread"])
+def test_a_template_that_does_not_end_is_stopped(monkeypatch, inside):
+    monkeypatch.setattr(prompts, "SECONDS", 0.2)
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer = templated(loops + "{{ messages[0].content }}")
+    told = []
+
+    def read():
+        with pytest.raises(InputError, match=r"took more than 0\.2 seconds") as error:
+            read_prompt(tokenizer, [user("Hi")])
+        told.append(error)
+
+    if inside == "another thread":
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join(PATIENCE)
+    else:
+        read()
+    assert told
+    time.sleep(0.5)  # no error comes after the end
+
+
+@pytest.mark.parametrize("what", ["0", "'text'", "[]", "none"])
+def test_whatever_a_template_raises_is_one_sentence(what):
+    tokenizer = templated("{{ raise_exception(" + what + ") }}")
+    with pytest.raises(InputError, match="refuses these messages"):
+        read_prompt(tokenizer, [user("Hi")])
 
 
 @with_a_template
