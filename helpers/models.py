@@ -154,6 +154,7 @@ def load_tokenizer(name: str | Path | None = BUNDLED) -> Any:
 def _read_tokenizer(folder, shown):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **_SAFELY)
+        tokenizer("a"), tokenizer.all_special_ids  # some can be read and not used
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic of tokenizers is no Exception
