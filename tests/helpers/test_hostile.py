@@ -13,4 +13,4 @@ def test_a_damaged_folder_is_one_sentence_or_a_model_that_works():
     command = [sys.executable, "-P", str(SCRIPT), os.environ.get("HOSTILE_SEED", "0"), COUNT]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout == ""
+    assert [line for line in done.stdout.splitlines() if line.startswith("{")] == []
