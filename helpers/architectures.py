@@ -86,15 +86,20 @@ def gain_of(module: Any) -> Tensor | None:
     """
     if not _is_vector(module) or getattr(module, "bias", None) is not None:
         return None
-    weight = module.weight.detach().float()
-    x = torch.linspace(1, 2, len(weight), device=weight.device)
+    weight = module.weight.detach()
+    device = "cpu" if weight.is_meta else weight.device  # what is offloaded comes when it is used
+    x = torch.linspace(1, 2, len(weight), device=device)
+    x = torch.stack([x, x.flip(0)])  # a norm that takes a mean off would treat them otherwise
     with torch.inference_mode():
-        out = module.forward(x.to(module.weight.dtype)[None])[0].float()
-    for gain in (weight, 1 + weight):
-        expected = gain * x * (x.square().mean() + epsilon_of(module)).rsqrt()
-        if torch.allclose(out, expected, rtol=2e-2, atol=1e-3):
-            return gain
-    return None
+        out = module.forward(x.to(weight.dtype)).to(x)
+    scale = (x.square().mean(dim=1, keepdim=True) + epsilon_of(module)).rsqrt()
+    found, other = out / (x * scale)
+    if not torch.allclose(found, other, rtol=2e-2, atol=1e-3):
+        return None
+    exact = [] if weight.is_meta else [weight.float(), 1 + weight.float()]
+    return next(
+        (each for each in exact if torch.allclose(each, found, rtol=2e-2, atol=1e-3)), found
+    )
 
 
 def epsilon_of(norm: Any) -> float:

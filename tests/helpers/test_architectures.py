@@ -1,5 +1,6 @@
 """Methods that look inside, on other families than Llama: the right numbers, or a refusal."""
 
+import accelerate
 import by_hand
 import pytest
 import torch
@@ -164,6 +165,18 @@ def test_alti_refuses_layers_that_scale_what_they_add(tiny):
         asked.matrix = model.lm_head.weight, None  # the scale of its logits is 1
         with pytest.raises(InputError, match="alti_logit does not fit a GraniteForCausalLM"):
             METHODS["alti_logit"](asked)
+
+
+def test_offloaded_weights_give_the_same_scores():
+    whole, tokenizer = tiny_llama()
+    model, _ = tiny_llama()
+    accelerate.cpu_offload(model.model.layers, execution_device=torch.device("cpu"))
+    assert all(weight.is_meta for weight in model.model.layers.parameters())
+    question = ask(model, tokenizer, PROMPT, foil="b")
+    for method in ("relevance", "gradient_x_input", "occlusion"):
+        expected = attribute(whole, question, method).scores
+        near(attribute(model, question, method).scores, expected)
+    assert all(weight.is_meta for weight in model.model.layers.parameters())
 
 
 class Sharp(torch.nn.Module):
