@@ -1,5 +1,8 @@
 """Methods that look inside, on other families than Llama: the right numbers, or a refusal."""
 
+import os
+from pathlib import Path
+
 import accelerate
 import by_hand
 import pytest
@@ -100,6 +103,39 @@ def test_a_llama_by_another_name_gets_the_scores_of_that_llama(tiny, name, optio
         return
     found, expected = attribute(model, question, method), attribute(llama, same_question, method)
     near(found.scores, expected.scores)
+
+
+def takes(model, question, method):
+    try:
+        return bool(attribute(model, question, method).scores.isfinite().all())
+    except InputError:
+        return False
+
+
+def test_readme_says_which_family_takes_which_method(tiny):
+    """With WRITE_TABLE=1 it is written there."""
+    methods = ["relevance", "alti_logit", "attention", "attention_rollout"]
+    rest = [name for name in METHODS if name not in methods]
+    families = {"Llama": {}} | LIKE_LLAMA | OTHERS | {name: REFUSED[name][0] for name in REFUSED}
+    lines = [f"| | {' | '.join(f'`{name}`' for name in methods)} | the other {len(rest)} |"]
+    lines += ["|---" * (len(methods) + 2) + "|"]
+    for name, more in (families | {"GPT2": None}).items():
+        known = more is not None
+        model = of_family(name, more, tiny[1]) if known else toy("gpt2", tiny[1])
+        question = ask(model, tiny[1], PROMPT, foil="b")
+        taken = [takes(model, question, method) for method in methods]
+        taken.append(all(takes(model, question, method) for method in rest))
+        lines.append(f"| {name} | {' | '.join('yes' if each else 'no' for each in taken)} |")
+    readme = Path(__file__).resolve().parents[2] / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, _, after = text.partition("<!-- families -->\n")
+    old, _, after = after.partition("<!-- end families -->")
+    table = "\n".join(lines) + "\n"
+    if os.environ.get("WRITE_TABLE"):
+        marked = f"<!-- families -->\n{table}<!-- end families -->"
+        readme.write_text(before + marked + after, encoding="utf-8")
+    else:
+        assert old == table
 
 
 @pytest.mark.parametrize("name", LIKE_LLAMA | OTHERS)
