@@ -71,7 +71,7 @@ def places_of(model: Any) -> Places:
 
 def gated_parts(module: Any) -> tuple[nn.Module, nn.Module] | None:
     """Of a feed-forward whose activation gates a product: the activation, and what reads it."""
-    parts = {name: child for name, child in module.named_children()}
+    parts = dict(module.named_children())
     activation = parts.get("act_fn") or parts.get("activation_fn")
     gate = parts.get("gate_up_proj") or (parts.get("gate_proj") and parts.get("up_proj"))
     if activation is None or gate is None or "down_proj" not in parts:

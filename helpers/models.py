@@ -88,22 +88,19 @@ def load_model(
     weight_bytes = sum(file.stat().st_size for file in weight_files(folder))
     with _quiet(bars=weight_bytes > 2e9):
         tokenizer = _read_tokenizer(folder, shown)
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                device_map=device_map,
-                use_safetensors=True,  # a pickle is never opened: it can run code
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are in the report then
-                **_SAFELY,
-            )
-        except SafetensorError as error:
-            raise _damaged_weights(shown, error) from error
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever a stranger's files make transformers say
-            raise InputError(f"{shown} cannot be loaded: {_first_line(error)}") from error
+        with _told(f"{shown} cannot be loaded"):
+            try:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=dtype,
+                    device_map=device_map,
+                    use_safetensors=True,  # a pickle is never opened: it can run code
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # they are in the report then
+                    **_SAFELY,
+                )
+            except SafetensorError as error:
+                raise _damaged_weights(shown, error) from error
     model, report = loaded
     _check_weights(shown, model, report)
     model.name_or_path = model.config.name_or_path = shown  # no local path in reports
@@ -152,16 +149,10 @@ def load_tokenizer(name: str | Path | None = BUNDLED) -> Any:
 
 
 def _read_tokenizer(folder, shown):
-    try:
+    fault = f"{shown} has no tokenizer that transformers can read"
+    with _told(fault, " Save one beside the weights with tokenizer.save_pretrained."):
         tokenizer = AutoTokenizer.from_pretrained(folder, **_SAFELY)
         tokenizer("a"), tokenizer.all_special_ids  # some can be read and not used
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # a panic of tokenizers is no Exception
-        raise InputError(
-            f"{shown} has no tokenizer that transformers can read: "
-            f"{_first_line(error)} Save one beside the weights with tokenizer.save_pretrained."
-        ) from error
     tokenizer.name_or_path = shown  # no local path in reports
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -331,7 +322,7 @@ def bundled_model() -> Path:
     cache is whole or absent, since a finished folder is moved into place. A damaged file is
     noticed and the model fetched again.
     """
-    return _kept(_FOLDER, "The bundled model", _ROOM_NEEDED, _fetch)
+    return _kept(_FOLDER, "The bundled model", lambda: _ROOM_NEEDED, _fetch)
 
 
 def unpacked_gguf(file: Path) -> Path:
@@ -349,13 +340,11 @@ def unpacked_gguf(file: Path) -> Path:
         (work / file.name).symlink_to(file.resolve())  # nothing else in its folder is read
         return _unpack(work, file.name, file.name)
 
-    try:
-        numbers = sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
-        return _kept(f"{file.stem}-{digest[:8]}", "The model", 4 * numbers, make)
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # whatever a stranger's file makes transformers say
-        raise InputError(f"{file.name} cannot be unpacked: {_first_line(error)}") from error
+    def room():
+        return 4 * sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
+
+    with _told(f"{file.name} cannot be unpacked"):
+        return _kept(f"{file.stem}-{digest[:8]}", "The model", room, make)
 
 
 @lru_cache
@@ -369,12 +358,13 @@ def _kept(name, what, room, make):
     folder = cache / name
     if _is_whole(folder):
         return folder
+    needed = room()  # bytes
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{name}.lock"):
             if _is_whole(folder):  # another process was faster
                 return folder
-            if shutil.disk_usage(cache).free < room:
+            if shutil.disk_usage(cache).free < needed:
                 raise OSError(errno.ENOSPC, "No space left on device")
             left = f"incomplete-{name}-"
             for leftover in cache.glob(f"{left}*"):  # of a killed process: the lock is held
@@ -390,7 +380,7 @@ def _kept(name, what, room, make):
         trouble = "The disk is full" if full else "The cache folder cannot be written"
         raise InputError(
             f"{trouble}: {cache} ({_first_line(error).removesuffix('.')}). {what} needs "
-            f"{room / 1e6:.0f} MB there while it is fetched: make room, or set "
+            f"{needed / 1e6:.0f} MB there while it is fetched: make room, or set "
             "LLAMA_NOTEBOOKS_CACHE to a folder that has it."
         ) from error
     return folder
@@ -585,6 +575,20 @@ def _quiet(bars: bool = False):
         transformers_logging.set_verbosity(level)
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _told(fault, advice=""):
+    """Turn whatever a stranger's files make a library say into a sentence: ``fault``, and why."""
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:
+        # a panic of tokenizers is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{fault}: {_first_line(error)}{advice}") from error
 
 
 def _first_line(error):

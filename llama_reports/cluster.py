@@ -35,7 +35,7 @@ def run_on_cluster(
     workers: int | None = None,
     scheduler: str | None = None,
     patience: float = PATIENCE,
-    model: str | None = None,
+    model: tuple[str, str] | None = None,
 ) -> Iterator[tuple[Any, Any, Exception | None]]:
     """``function(task)`` for every task, on ``workers`` processes here or on a running cluster.
 
@@ -48,7 +48,7 @@ def run_on_cluster(
 
     ``scheduler`` is an address such as ``"tcp://10.0.0.1:8786"``. Raises ``InputError`` if there is
     none within ``patience`` seconds, no worker comes within it, or a worker does not see
-    ``folder``, runs another version of this package, or has other weights under the name ``model``.
+    ``folder``, runs another version of this package, or has another ``model``: name and digest.
     """
     unfinished, suspects = list[Any](), list[Any]()
     tasks = iter(tasks)
@@ -146,7 +146,7 @@ def _check_workers(client, folder, patience, model=None):
     probe = Path(folder).resolve() / f".probe-{uuid.uuid4().hex}"
     probe.touch()
     try:
-        seen = client.run(_look, str(probe), model, on_error="return")
+        seen = client.run(_look, str(probe), model and model[0], on_error="return")
     finally:
         probe.unlink()
     for worker, answer in seen.items():
@@ -158,8 +158,8 @@ def _check_workers(client, folder, patience, model=None):
         elif answer[1] != _version():
             why = "runs another version of helpers, llama_reports, torch, transformers, captum or "
             why += "numpy, and its numbers could differ: install the same there."
-        elif model and answer[2] != model_digest(model):
-            why = f"has another model under the name {public_name(model)}: copy this one there."
+        elif model and answer[2] != model[1]:
+            why = f"has another model under the name {public_name(model[0])}: copy this one there."
         else:
             continue
         raise InputError(f"The worker {worker} {why}")

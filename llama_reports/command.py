@@ -209,7 +209,8 @@ def _results(function, tasks, jobs, out, cluster):
     else:
         from llama_reports.cluster import run_on_cluster  # takes a second to import
 
-        model = None if scheduler is None else jobs.model  # workers here read the same files
+        # workers here read the same files
+        model = None if scheduler is None else (jobs.model, jobs.model_digest)
         options: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "model": model}
         results = run_on_cluster(function, tasks, out, **options)
     with closing(results):

@@ -161,6 +161,7 @@ def _attribute_held(model, questions, wanted, each, budget):
         key = shape, repr(options) if budget else ""
         groups.setdefault(key, (options, []))[1].append(place)
     found: dict[int, tuple[Question, dict[str, Attribution]]] = {}
+    plain = plain_output_layer(model) is not None
     for (shape, _), (options, places) in groups.items():
 
         def run(some, options=options):
@@ -169,9 +170,8 @@ def _attribute_held(model, questions, wanted, each, budget):
         room = len(shape.lengths) * max(shape.lengths)
         if "relevance" in options and options.keys() & {"saliency", "gradient_x_input"}:
             room *= 2  # two ways back keep most of what two passes would
-        most = None  # of all the vocabulary's logits, where the output layer is no plain matrix
-        if plain_output_layer(model) is None:
-            most = vocabularies_at_once(model, len(shape.places))
+        # of all the vocabulary's logits, where the output layer is no plain matrix
+        most = None if plain else vocabularies_at_once(model, len(shape.places))
         done = chain(*in_batches(model, run, places, room, most))
         found.update(zip(places, done, strict=True))
     return [found[place] for place in range(len(questions))]

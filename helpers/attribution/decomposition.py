@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from helpers.architectures import epsilon_of, gain_of, stack_of
+from helpers.architectures import epsilon_of, gain_of, places_of, stack_of
 from helpers.attribution.engine import (
     Asked,
     attending,
@@ -72,8 +72,8 @@ def alti_logit(asked: Asked) -> list[Attribution]:
 def refuses_parts(model: Any) -> str | None:
     """``None`` for a model whose layers can be taken apart here, else why they cannot."""
     try:
-        layers, norm = stack_of(model)
-        apart = gain_of(norm) is not None and all(map(_comes_apart, layers))
+        (layers, norm), norms = stack_of(model), places_of(model).norms
+        apart = norm in norms and all(_comes_apart(layer, norms) for layer in layers)
     except InputError:
         apart = False
     if apart:
@@ -85,13 +85,13 @@ def refuses_parts(model: Any) -> str | None:
     )
 
 
-def _comes_apart(layer):
+def _comes_apart(layer, norms):
     output = getattr(getattr(layer, "self_attn", None), "o_proj", None)
-    norms = [name for name, child in layer.named_children() if gain_of(child) is not None]
+    own = [name for name, child in layer.named_children() if child in norms]
     return (
         type(output) is nn.Linear
         and output.weight.is_floating_point()
-        and norms == ["input_layernorm", "post_attention_layernorm"]
+        and own == ["input_layernorm", "post_attention_layernorm"]
     )
 
 
@@ -144,12 +144,12 @@ def _run(model, embeds):
             after = layer.mlp.register_forward_hook(
                 lambda module, args, out: seen["fed"].append(out[0].float())  # [seq, dim]
             )
-            hooks.callback(before.remove)
-            hooks.callback(after.remove)
+            hooks.enter_context(before)
+            hooks.enter_context(after)
         last = norm.register_forward_pre_hook(
             lambda module, args: seen.update(final=args[0][0].float())  # [seq, dim]
         )
-        hooks.callback(last.remove)
+        hooks.enter_context(last)
         with torch.inference_mode(), attending(model, keep_weights):
             output = model.base_model(inputs_embeds=embeds, use_cache=False)
     seen["read"] = output.last_hidden_state[0].clone()  # not an inference tensor any more

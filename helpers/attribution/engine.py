@@ -452,8 +452,8 @@ def asking(model: Any, questions: Sequence[Question], each: bool = False) -> Ite
             def fill(module, args, out, length=length):
                 return F.pad(out, (0, 0, length[0] - out.shape[1], 0))
 
-            stack.callback(module.register_forward_pre_hook(cut).remove)
-            stack.callback(module.register_forward_hook(fill).remove)
+            stack.enter_context(module.register_forward_pre_hook(cut))
+            stack.enter_context(module.register_forward_hook(fill))
         yield asked
 
 
@@ -609,10 +609,9 @@ def working_precision(model: Any, precision: str | None) -> Iterator[None]:
                 cast = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
                 setattr(linear, name, cast)
             hook = linear.register_forward_pre_hook(lambda m, args: (args[0].to(dtype),))
-            stack.callback(hook.remove)
+            stack.enter_context(hook)
         for norm in norms:
-            hook = norm.register_forward_hook(lambda m, args, out: out.to(dtype))
-            stack.callback(hook.remove)
+            stack.enter_context(norm.register_forward_hook(lambda m, args, out: out.to(dtype)))
         if linears:
             stack.enter_context(attending(model, sdpa))
             stack.callback(_attend_in_float32.reset, _attend_in_float32.set(True))

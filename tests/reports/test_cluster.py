@@ -18,6 +18,7 @@ from running import PATIENCE, scores, wait_for
 
 from helpers.errors import InputError
 from llama_reports.cluster import run_on_cluster
+from llama_reports.versions import model_digest
 
 KILL_THE_WORKER = """
 import psutil
@@ -182,6 +183,7 @@ def test_a_scheduler_that_is_not_there_is_told(tmp_path, address):
     code = f"""
 from helpers.errors import InputError
 from llama_reports.cluster import run_on_cluster
+from llama_reports.versions import model_digest
 try:
     next(run_on_cluster(abs, [1], {str(tmp_path)!r}, scheduler={address!r}, patience=1))
 except InputError as error:
@@ -203,13 +205,12 @@ def test_a_worker_that_does_not_see_the_folder_is_named(tmp_path, monkeypatch, t
         with pytest.raises(InputError, match="does not see"):
             cluster._check_workers(client, tmp_path, 5)
         monkeypatch.undo()
-        cluster._check_workers(client, tmp_path, 5, tiny_folder)
-        monkeypatch.setattr(cluster, "model_digest", lambda model: "of other weights")
+        model = str(tiny_folder)
+        cluster._check_workers(client, tmp_path, 5, (model, model_digest(model)))
         with pytest.raises(InputError, match="another model under the name"):
-            cluster._check_workers(client, tmp_path, 5, tiny_folder)
-        monkeypatch.undo()
+            cluster._check_workers(client, tmp_path, 5, (model, "of other weights"))
         with pytest.raises(InputError, match=r"cannot run reports .*no model folder"):
-            cluster._check_workers(client, tmp_path, 5, "/no/such/model")
+            cluster._check_workers(client, tmp_path, 5, ("/no/such/model", "of none"))
         monkeypatch.setattr(cluster, "_version", lambda: "another")
         with pytest.raises(InputError, match="another version"):
             cluster._check_workers(client, tmp_path, 5)
