@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from helpers.errors import InputError
 
@@ -21,30 +23,135 @@ class Stack(NamedTuple):
     norm: nn.Module
 
 
+_stacks: WeakKeyDictionary[Any, Stack] = WeakKeyDictionary()
+
+
 def stack_of(model: Any) -> Stack:
-    """Where the layers of ``model`` are; ``InputError`` if that cannot be told."""
-    children = list(getattr(model, "base_model", model).children())
-    for place, child in enumerate(children):
-        behind = [each for each in children[place + 1 :] if _is_vector(each)]
-        if isinstance(child, nn.ModuleList) and behind:
-            return Stack(child, behind[0])
+    """Where the layers of ``model`` are, looked for once; ``InputError`` if that cannot be told."""
+    if model not in _stacks:
+        _stacks[model] = _stack_of(model)
+    return _stacks[model]
+
+
+def _stack_of(model):
+    decoder = getattr(model, "get_decoder", lambda: model)()
+    for holder in (decoder, getattr(model, body_of(model), None)):
+        children = [] if holder is None else list(holder.children())
+        for place, child in enumerate(children):
+            behind = [each for each in children[place + 1 :] if norm_of(each) is not None]
+            if isinstance(child, nn.ModuleList) and behind:
+                return Stack(child, behind[0])
     raise InputError(f"A {type(model).__name__} has no layers that are known to this method.")
 
 
-def _is_vector(module):
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.dim() == 1
+def body_of(model: Any) -> str:
+    """The attribute of ``model`` that holds all of it but the output layer."""
+    named = dict(model.named_children())
+    prefix = getattr(model, "base_model_prefix", "")
+    # Llama 4's text model is not where its prefix says
+    return prefix if prefix in named else next(iter(named), "")
+
+
+# --- norms -------------------------------------------------------------------------------------
+
+
+class Norm(NamedTuple):
+    """What a norm does: takes the mean off if ``centred``, divides by the root mean square.
+
+    Then it multiplies by ``gain`` and adds ``bias``, in float32 and of the shape of its weight.
+    ``epsilon`` is added to the mean square, so that nothing is divided by zero.
+    """
+
+    gain: Tensor
+    bias: Tensor
+    centred: bool
+    epsilon: float
+
+    def centre(self, x: Tensor) -> Tensor:
+        return x - x.mean(dim=-1, keepdim=True) if self.centred else x
+
+    def scale(self, x: Tensor) -> Tensor:
+        """By what ``x`` [..., dim], which is centred, is scaled: [..., 1] in float32."""
+        return (x.float().square().mean(dim=-1, keepdim=True) + self.epsilon).rsqrt()
+
+    def slope(self, x: Tensor) -> Tensor:
+        """What each number of ``x`` [..., dim], which is centred, is multiplied by."""
+        return self.scale(x) * self.gain.to(x.device)
+
+
+def norm_of(module: Any) -> Norm | None:
+    """What a norm does, by the root mean square or as LayerNorm; ``None`` for another module.
+
+    Some hold the gain, others (Gemma) the gain minus one, others none: the norm itself is asked.
+    """
+    weights = dict(module.named_parameters())
+    if isinstance(module, LINEAR) or not {*weights} <= {"weight", "bias"}:
+        return None
+    weight = weights.get("weight")
+    shape = torch.Size(getattr(module, "normalized_shape", (16,)))
+    shape = shape if weight is None else weight.shape
+    dtype = torch.float32 if weight is None else weight.dtype
+    device = "cpu" if weight is None or weight.is_meta else weight.device
+    x = torch.linspace(1, 2, shape.numel(), device=device).view(shape)
+    x[..., ::2] *= -1
+    x = torch.stack([x, -x, x.abs().square()])[:, None].to(dtype)  # the third has another mean
+    out = _tried(module, x)
+    if out is None:
+        return None
+    with align_module_device(module):  # what is offloaded comes for as long
+        held = {name: each.detach().float().to(device) for name, each in weights_of(module)}
+    for centred in (False, True):
+        norm = Norm(torch.ones_like(x[0, 0]).float(), torch.zeros(()), centred, epsilon_of(module))
+        plain = norm.centre(x.float())
+        plain = plain * norm.slope(plain)
+        bias = held.get("bias", torch.zeros((), device=device))
+        seen = (out[0] - out[1])[0] / (2 * plain[0, 0])
+        known = [held["weight"], 1 + held["weight"]] if "weight" in held else []
+        for gain in [*known, seen]:
+            if torch.allclose(plain * gain + bias, out, rtol=2e-2, atol=2e-3):
+                return norm._replace(gain=gain, bias=bias)
+    return None
+
+
+def epsilon_of(norm: Any) -> float:
+    """What a norm adds to the mean square, so that it divides by no zero."""
+    names = ("variance_epsilon", "eps", "epsilon")
+    return next((getattr(norm, name) for name in names if hasattr(norm, name)), None) or 0.0
+
+
+def weights_of(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The weights that a module holds itself, by name."""
+    return list(module.named_parameters(recurse=False))
+
+
+def _tried(module, x):
+    """What a module makes of x, in float32; ``None`` if it is no tensor of that shape."""
+    try:
+        with torch.no_grad():
+            out = module(x)
+        return out.float() if out.shape == x.shape else None
+    except Exception:  # whatever a module says that takes something else
+        return None
+
+
+# --- feed-forwards -----------------------------------------------------------------------------
+
+LINEAR = (nn.Linear, Conv1D)
 
 
 class Places(NamedTuple):
-    """Where relevance needs a rule: ``norms``, ``activations``, and what takes ``products``.
+    """Where relevance needs a rule.
 
-    ``stranger`` names the kind of a part that has weights and for which there is no rule.
+    At ``norms``, ``activations``, what reads the ``products`` of gate and up, ``experts`` whose
+    product is inside of them, and ``routers`` that weigh experts. ``stranger`` names the kind of a
+    part that has weights and for which there is no rule.
     """
 
-    norms: list[nn.Module]
+    norms: dict[nn.Module, Norm]
     activations: list[nn.Module]
     products: list[nn.Module]
+    experts: list[nn.Module]
+    routers: list[nn.Module]
     stranger: str | None
 
 
@@ -54,19 +161,34 @@ _places: WeakKeyDictionary[Any, Places] = WeakKeyDictionary()
 def places_of(model: Any) -> Places:
     """The ``Places`` of ``model``, looked for once; ``InputError`` as of ``stack_of``."""
     if model not in _places:
-        stack = stack_of(model)
-        norms, activations, products, stranger = [], [], [], None
-        for module in chain(stack.layers.modules(), [stack.norm]):
-            gated = gated_parts(module)
-            if gated is not None:
-                activations.append(gated[0])
-                products.append(gated[1])
-            elif gain_of(module) is not None:
-                norms.append(module)
-            elif not isinstance(module, nn.Linear) and list(module.parameters(recurse=False)):
-                stranger = stranger or type(module).__name__
-        _places[model] = Places(norms, activations, products, stranger)
+        _places[model] = _places_of(stack_of(model))
     return _places[model]
+
+
+def _places_of(stack):
+    found, strangers = Places({}, [], [], [], [], None), []
+    for module in chain(stack.layers.modules(), [stack.norm]):
+        children = list(module.children())
+        if (gated := gated_parts(module)) is not None:
+            found.products.append(gated[1])
+        if any(are_experts(child) for child in children):
+            found.routers.extend(
+                child for child in children if gated_parts(child) is None and not are_experts(child)
+            )
+        if are_experts(module):
+            found.experts.append(module)
+        elif children or isinstance(module, LINEAR) or module in found.routers:
+            continue
+        elif (norm := norm_of(module)) is not None:
+            found.norms[module] = norm
+        elif is_activation(module):
+            found.activations.append(module)
+        elif weights_of(module):
+            strangers.append((sum(each.numel() for _, each in weights_of(module)), module))
+    if not strangers:
+        return found
+    _, largest = max(strangers, key=lambda each: each[0])
+    return found._replace(stranger=type(largest).__name__)
 
 
 def gated_parts(module: Any) -> tuple[nn.Module, nn.Module] | None:
@@ -79,32 +201,35 @@ def gated_parts(module: Any) -> tuple[nn.Module, nn.Module] | None:
     return activation, parts["down_proj"]
 
 
-def gain_of(module: Any) -> Tensor | None:
-    """What a root-mean-square norm multiplies each number by, [dim] in float32; else ``None``.
+def are_experts(module: Any) -> bool:
+    """Whether a module is many gated feed-forwards, their weights stacked in three dimensions."""
+    stacked = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+    three = all(isinstance(each, nn.Parameter) and each.dim() == 3 for each in stacked)
+    return three and isinstance(getattr(module, "act_fn", None), nn.Module)
 
-    Some hold the gain, others (Gemma) the gain minus one: the norm itself is asked.
-    """
-    if not _is_vector(module) or getattr(module, "bias", None) is not None:
-        return None
-    weight = module.weight.detach()
-    device = "cpu" if weight.is_meta else weight.device  # what is offloaded comes when it is used
-    x = torch.linspace(1, 2, len(weight), device=device)
-    x = torch.stack([x, x.flip(0)])  # a norm that takes a mean off would treat them otherwise
-    with torch.inference_mode():
-        out = module.forward(x.to(weight.dtype)).to(x)
-    scale = (x.square().mean(dim=1, keepdim=True) + epsilon_of(module)).rsqrt()
-    found, other = out / (x * scale)
-    if not torch.allclose(found, other, rtol=2e-2, atol=1e-3):
-        return None
-    exact = [] if weight.is_meta else [weight.float(), 1 + weight.float()]
-    return next(
-        (each for each in exact if torch.allclose(each, found, rtol=2e-2, atol=1e-3)), found
+
+def is_activation(module: Any) -> bool:
+    """Whether a module changes each number by itself, and leaves 0 as it is."""
+    if weights_of(module):
+        return False
+    x = torch.arange(-7.0, 8.0).view(3, 5) / 2  # with a 0 in it
+    out, some = _tried(module, x), _tried(module, x[:, :3])
+    if out is None or some is None or torch.equal(out, x):
+        return False
+    return torch.allclose(out[:, :3], some, rtol=1e-3) and bool((out[x == 0] == 0).all())
+
+
+# --- attention ---------------------------------------------------------------------------------
+
+
+def output_projection(attention: Any) -> nn.Module | None:
+    """What reads the heads of an attention, if it is a plain matrix."""
+    names = ("o_proj", "out_proj", "c_proj", "dense")
+    found: Any = next(
+        (getattr(attention, name, None) for name in names if hasattr(attention, name)), None
     )
-
-
-def epsilon_of(norm: Any) -> float:
-    """What a root-mean-square norm adds to the mean square, so that it divides by no zero."""
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0))
+    plain = type(found) in LINEAR and found.weight.is_floating_point()
+    return found if plain else None
 
 
 def pointwise_after_last_attention(model: Any) -> list[nn.Module]:

@@ -340,6 +340,21 @@ def read_facts(
     )
 
 
+STEERING = (  # settings by which a model may write something else than its most likely token
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "sequence_bias",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "min_length",
+    "min_new_tokens",
+    "num_beams",
+)
+
+
 def greedy_answer(model: Any, input_ids: torch.Tensor, most: int, ends: set[int]) -> list[int]:
     """The most likely token, again and again: at most ``most`` ids, the last of ``ends`` included.
 
@@ -367,7 +382,21 @@ def with_answer(model: Any, question: Question, most: int) -> Question:
         found = getattr(config, "eos_token_id", None)
         ends |= set(found if isinstance(found, list) else [found])
     written = greedy_answer(model, question.input_ids, most, ends - {None})
-    return replace(with_target(question, written), greedy=True)
+    question = replace(with_target(question, written), greedy=True)
+    steering = [name for name in STEERING if _is_set(model, name)]
+    if not steering:
+        return question
+    told = (
+        f"The model's own settings for generation ({', '.join(steering)}) are left out: the answer "
+        "is what the raw logits give, greedily."
+    )
+    return replace(question, notes=(*question.notes, told))
+
+
+def _is_set(model, name):
+    found = getattr(getattr(model, "generation_config", None), name, None)
+    nothing = 1 if name in ("repetition_penalty", "num_beams") else 0
+    return found not in (None, nothing, [])
 
 
 def top_tokens(

@@ -12,6 +12,8 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     MistralConfig,
@@ -36,6 +38,11 @@ OTHERS = {
         GROUPED | {"head_dim": 8, "sliding_window": 64, "final_logit_softcapping": 2.0},
     ),
     "scaled embeddings": (Gemma3ForCausalLM, Gemma3TextConfig, GROUPED | {"head_dim": 8}),
+    "attention sinks": (
+        GptOssForCausalLM,
+        GptOssConfig,
+        GROUPED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "scaled logits": (GraniteForCausalLM, GraniteConfig, GROUPED | {"logits_scaling": 3.0}),
     "logits times a number": (CohereForCausalLM, CohereConfig, GROUPED | {"logit_scale": 0.5}),
 }

@@ -10,9 +10,10 @@ from helpers.attribution.result import Attribution, attribution
 def attention(asked: Asked) -> list[Attribution]:
     """How much the last position attends to each token, averaged over layers and heads.
 
-    Scores are >= 0 and sum to 1. They do not depend on target or foil: attention says where the
-    model looked, not what it concluded. Of several outputs, the mean over the positions at which
-    they are read. notebooks/06_attention.ipynb takes it apart.
+    Scores are >= 0 and sum to 1, or to less where a sink of the model's own (gpt-oss) takes a
+    share. They do not depend on target or foil: attention says where the model looked, not what it
+    concluded. Of several outputs, the mean over the positions at which they are read.
+    notebooks/06_attention.ipynb takes it apart.
     """
     layers = attention_rows(asked)
     rows = torch.stack([weights.mean(dim=1).to(layers[0].device) for weights in layers])
@@ -29,9 +30,9 @@ def attention_rows(asked: Asked) -> list[Tensor]:
     """
     layers = []
 
-    def keep_rows(module, query, key, value, mask, scaling=None, **options):
-        layers.append(attention_weights(query, key, mask, scaling, asked.positions))
-        return sdpa(module, query, key, value, mask, scaling=scaling, **options)
+    def keep_rows(module, query, key, value, mask, **options):
+        layers.append(attention_weights(query, key, mask, at=asked.positions, **options))
+        return sdpa(module, query, key, value, mask, **options)
 
     with torch.inference_mode(), attending(asked.model, keep_rows):
         asked.values()
@@ -51,11 +52,11 @@ def attention_rollout(asked: Asked, sink: bool = True) -> list[Attribution]:
     seq = asked.embeds.shape[2]
     flow = same = torch.eye(seq, device=asked.embeds.device)  # [seq, seq]
 
-    def roll(module, query, key, value, mask, scaling=None, **options):
+    def roll(module, query, key, value, mask, **options):
         nonlocal flow
         weights = torch.stack(  # row by row: the maps of all heads are large
             [
-                attention_weights(query[i : i + 1], key[i : i + 1], mask, scaling)[0].mean(dim=0)
+                attention_weights(query[i : i + 1], key[i : i + 1], mask, **options)[0].mean(dim=0)
                 for i in range(len(query))
             ]
         ).to(flow.device)  # [rows, seq, seq]
@@ -63,7 +64,7 @@ def attention_rollout(asked: Asked, sink: bool = True) -> list[Attribution]:
             weights[:, 1:, 0] = 0
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-12)
         flow = (0.5 * weights + 0.5 * same) @ flow
-        return sdpa(module, query, key, value, mask, scaling=scaling, **options)
+        return sdpa(module, query, key, value, mask, **options)
 
     with torch.inference_mode(), attending(asked.model, roll):
         asked.values()

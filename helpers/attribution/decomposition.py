@@ -1,23 +1,28 @@
 """Methods that take the answer's logit apart into what each position brought to it."""
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from helpers.architectures import epsilon_of, gain_of, places_of, stack_of
+from helpers.architectures import Norm, output_projection, places_of, stack_of
 from helpers.attribution.engine import (
     Asked,
     attending,
     attention_weights,
+    few_tokens,
+    last_states,
     refuses_attending,
     sdpa,
 )
 from helpers.attribution.result import Attribution, attributions
 from helpers.errors import InputError
 
-MISSED = 0.01  # of the objective in float32: parts that miss more are not the model's
+MISSED, MISSED_IN_HALF = 1e-3, 0.1  # parts that miss more are not the model's
 VECTORS_AT_ONCE = 2**24  # numbers in what one layer moves between positions, held in memory
 
 
@@ -46,7 +51,7 @@ def alti_logit(asked: Asked) -> list[Attribution]:
         seen = [_run(asked.model, text[None]) for text in asked.embeds[row]]
         hidden = torch.stack(
             [
-                seen[text]["read"][position]
+                seen[text].read[position]
                 for text, position in zip(asked.text_of.tolist(), asked.positions, strict=True)
             ]
         )  # [outputs, dim]
@@ -58,127 +63,215 @@ def alti_logit(asked: Asked) -> list[Attribution]:
             found = _parts(asked.model, seen[text], asked.positions[some], read)
             scores[row, some] = found.cpu()
     totals = scores.sum(dim=2)
-    missed = (totals - moved).abs() / moved.abs().clamp(min=1)
-    if missed.max() > (MISSED if asked.embeds.dtype == torch.float32 else 0.2):
-        raise InputError(
-            f"alti_logit does not fit a {type(asked.model).__name__}: its parts miss "
-            f"{missed.max():.0%} of the objective. Take another method."
-        )
     if not asked.each:
         scores, totals, moved = (some.sum(dim=1, keepdim=True) for some in (scores, totals, moved))
     return attributions(asked, scores[..., : asked.columns], totals=totals, moved=moved, forwards=1)
 
 
+_apart: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+
+
 def refuses_parts(model: Any) -> str | None:
-    """``None`` for a model whose layers can be taken apart here, else why they cannot."""
-    try:
-        (layers, norm), norms = stack_of(model), places_of(model).norms
-        apart = norm in norms and all(_comes_apart(layer, norms) for layer in layers)
-    except InputError:
-        apart = False
-    if apart:
-        return refuses_attending(model)
-    return (
-        "It takes apart layers of an attention and a feed-forward that each read a norm and add to "
-        f"the stream, in plain matrices, and a {type(model).__name__} is made otherwise: take "
-        "another method, such as integrated_gradients."
-    )
+    """``None`` for a model whose layers can be taken apart here, else why they cannot.
 
-
-def _comes_apart(layer, norms):
-    output = getattr(getattr(layer, "self_attn", None), "o_proj", None)
-    own = [name for name, child in layer.named_children() if child in norms]
-    return (
-        type(output) is nn.Linear
-        and output.weight.is_floating_point()
-        and own == ["input_layernorm", "post_attention_layernorm"]
-    )
-
-
-def _parts(model: Any, seen: dict[str, Any], positions: Tensor, directions: Tensor) -> Tensor:
-    """What each token of one text put into some states after the last norm: [outputs, length].
-
-    Output i reads ``directions[i]`` [dim] at ``positions[i]``; ``seen`` is what ``_run`` gives.
+    It is tried once a model, on a few tokens.
     """
-    layers, norm = stack_of(model)
-    gain: Any = gain_of(norm)
-    final = seen["final"][positions]  # [outputs, dim]
-    scale = torch.rsqrt(final.pow(2).mean(dim=1, keepdim=True) + epsilon_of(norm))
-    directions = directions * gain * scale  # [outputs, dim]
-    mixed = torch.eye(len(seen["final"]), device=final.device)  # of which each position is made
-    own = (seen["inputs"][0][positions] * directions).sum(dim=1, keepdim=True)
-    scores = own * mixed[positions]
-    for layer, states, weights, value, fed in zip(
-        layers,
-        seen["inputs"],
-        seen["weights"],
-        seen["values"],
-        seen["fed"],
-        strict=True,
-    ):
-        carried = _carried(layer.self_attn, value)  # [heads, length, dim]
-        read = torch.einsum("hjd,od->ohj", carried, directions)
-        from_each = (weights[:, positions].transpose(0, 1) * read).sum(dim=1)  # [outputs, length]
-        scores = scores + from_each @ mixed
-        mixed = _shares(states, weights, carried) @ mixed
-        fed = (fed[positions] * directions).sum(dim=1, keepdim=True)
-        scores = scores + fed * mixed[positions]
-    return scores
+    if model not in _apart:
+        _apart[model] = refuses_attending(model) or _refusal(model)
+    return _apart[model]
+
+
+def _refusal(model):
+    try:
+        seen = _run(model, few_tokens(model))
+        last = torch.tensor([len(seen.states[0]) - 1])
+        read = seen.read[last].float()
+        found, expected = _parts(model, seen, last, read.sign()).sum(), read.abs().sum()
+        fits = abs(found - expected) <= _tolerance(model)[0] * expected
+        return None if fits else str(_otherwise(model, "its parts do not add up"))
+    except InputError as error:
+        return str(error)
+
+
+def _otherwise(model, fault):
+    return InputError(
+        f"It cannot take the layers of a {type(model).__name__} apart, as {fault}: take another "
+        "method, such as integrated_gradients."
+    )
+
+
+def _tolerance(model):
+    """The share that parts may miss, and what the numbers of a stream are rounded by."""
+    first = stack_of(model).layers[0]
+    if all(weight.dtype == torch.float32 for weight in first.parameters()):
+        return MISSED, torch.finfo(torch.float32).eps
+    return MISSED_IN_HALF, torch.finfo(torch.bfloat16).eps
+
+
+class Seen(NamedTuple):
+    """What one forward pass of one text passed through, in float32 but for ``read``.
+
+    ``states`` [seq, dim] before each layer and behind the last one. For each layer ``attended``:
+    the attention, its weights [heads, seq, seq] and its values [kv heads, seq, head_dim]; and
+    ``passed``: the parts that were run, with what each was given and gave, [1, seq, dim].
+    """
+
+    states: list[Tensor]
+    attended: list[tuple[nn.Module, Tensor, Tensor]]
+    passed: list[list[tuple[nn.Module, Tensor | None, Tensor]]]
+    read: Tensor
 
 
 def _run(model, embeds):
-    """One forward pass, and what it passed through: see the keys below, in float32 but "read"."""
-    seen = {"inputs": [], "weights": [], "values": [], "fed": [], "final": None, "read": None}
+    """One forward pass of embeds [1, seq, dim], watched: ``Seen``."""
+    seen = Seen([], [], [], embeds)
 
-    def keep_weights(module, query, key, value, mask, scaling=None, **options):
-        seen["weights"].append(attention_weights(query, key, mask, scaling)[0])  # [heads, seq, seq]
-        seen["values"].append(value[0].float())  # [kv heads, seq, head_dim]
-        return sdpa(module, query, key, value, mask, scaling=scaling, **options)
+    def keep_state(module, args):
+        seen.states.append(args[0][0].float())
+        seen.passed.append([])
+
+    def keep_part(module, args, out):
+        out = out[0] if isinstance(out, tuple) else out
+        given = args[0] if args else None
+        seen.passed[-1].append((module, given, out.reshape(1, -1, out.shape[-1])))
+
+    def keep_weights(module, query, key, value, mask, **options):
+        weights = attention_weights(query, key, mask, **options)[0]
+        seen.attended.append((module, weights, value[0].float()))
+        return sdpa(module, query, key, value, mask, **options)
 
     layers, norm = stack_of(model)
     with contextlib.ExitStack() as hooks:
         for layer in layers:
-            before = layer.register_forward_pre_hook(
-                lambda module, args: seen["inputs"].append(args[0][0].float())  # [seq, dim]
-            )
-            after = layer.mlp.register_forward_hook(
-                lambda module, args, out: seen["fed"].append(out[0].float())  # [seq, dim]
-            )
-            hooks.enter_context(before)
-            hooks.enter_context(after)
-        last = norm.register_forward_pre_hook(
-            lambda module, args: seen.update(final=args[0][0].float())  # [seq, dim]
-        )
-        hooks.enter_context(last)
-        with torch.inference_mode(), attending(model, keep_weights):
-            output = model.base_model(inputs_embeds=embeds, use_cache=False)
-    seen["read"] = output.last_hidden_state[0].clone()  # not an inference tensor any more
-    return seen
+            hooks.enter_context(layer.register_forward_pre_hook(keep_state))
+            for part in layer.children():
+                hooks.enter_context(part.register_forward_hook(keep_part))
+        hooks.enter_context(norm.register_forward_pre_hook(keep_state))
+        hooks.enter_context(attending(model, keep_weights))
+        with torch.inference_mode():
+            states = last_states(model, embeds)
+    return seen._replace(read=states[0].clone())  # not an inference tensor any more
 
 
-def _carried(attention, value):
-    """What each head would move from each position at weight one: [heads, seq, dim]."""
-    heads = attention.config.num_attention_heads
+def _parts(model: Any, seen: Seen, positions: Tensor, directions: Tensor) -> Tensor:
+    """What each token of one text put into some states after the last norm: [outputs, length].
+
+    Output i reads ``directions[i]`` [dim] at ``positions[i]``.
+    """
+    norms, final = places_of(model).norms, seen.states[-1]
+    norm = norms[stack_of(model).norm]
+    mixed = torch.eye(len(final), device=final.device)  # of which tokens each position is made
+    constant = (directions * norm.bias).sum(dim=1, keepdim=True)
+    directions = norm.centre(directions * norm.slope(norm.centre(final[positions])))
+    own = (seen.states[0][positions] * directions).sum(dim=1, keepdim=True)
+    scores = own * mixed[positions]
+    for index, (attention, weights, value) in enumerate(seen.attended):
+        before, after = seen.states[index : index + 2]
+        layer = _taken_apart(model, attention, before, after, seen.passed[index])
+        weights = weights * layer.scale
+        carried, bias = _carried(model, attention, value, len(weights), layer.post)
+        read = torch.einsum("hjd,od->ohj", carried, directions)
+        from_each = (weights[:, positions].transpose(0, 1) * read).sum(dim=1)  # [outputs, length]
+        scores = scores + from_each @ mixed
+        shares, brought = _shares(before, weights, carried)
+        found = brought + layer.scale * bias
+        _near(model, found[positions], layer.brought[positions], after[positions])
+        earlier, mixed = mixed, shares @ mixed
+        rest = ((after - before - brought)[positions] * directions).sum(dim=1, keepdim=True)
+        scores = scores + rest * (earlier if layer.parallel else mixed)[positions]
+    return scores + constant * mixed[positions]
+
+
+class Layer(NamedTuple):
+    """How a layer adds to the stream: ``scale`` [seq, 1] times what ``post``, a norm, makes of it.
+
+    ``brought`` [seq, dim] is what attention added; ``parallel`` says whether the feed-forward reads
+    what attention read, and not what it added as well.
+    """
+
+    scale: Tensor
+    post: Norm | None
+    brought: Tensor
+    parallel: bool
+
+
+def _taken_apart(model, attention, before, after, passed):
+    """``Layer``, from the parts that were run between two states of the stream."""
+    norms = places_of(model).norms
+
+    def behind(out):
+        """What a norm made of it, and that norm; some have none."""
+        for part, given, made in passed:
+            if part in norms and given is not None and _same(given, out):
+                return made[0].float(), norms[part]
+        return out[0].float(), None
+
+    parts = [each for each in passed if each[0] not in norms and not _same(each[1], each[2])]
+    own = [each for each in parts if attention in each[0].modules()]
+    others = [each for each in parts if attention not in each[0].modules()]
+    if len(own) != 1 or not others or others[-1][1] is None:
+        raise _otherwise(model, "they are no attention and feed-forward")
+    heads, (_, given, fed) = own[0][2], others[-1]
+    (brought, post), (fed, _) = behind(heads), behind(fed)
+    both = brought + fed.view_as(brought)
+    times = (after - before).mul(both).sum() / both.square().sum()  # Granite scales what is added
+    _near(model, times * both, after - before, after)
+    read = next((given for _, given, made in passed if _same(made, others[-1][1])), given)
+    scale = times.expand(len(before), 1)
+    if post is not None:
+        scale = scale * post.scale(post.centre(heads[0].float()))
+    read = read[0].float()  # of the last layer maybe the end alone
+    parallel = torch.equal(read, before[-len(read) :])
+    return Layer(scale, post, times * brought, parallel)
+
+
+def _same(some, other):
+    return some is not None and some.data_ptr() == other.data_ptr() and some.shape == other.shape
+
+
+def _near(model, found, expected, stream):
+    """Refuse what misses more than rounding would, in a stream of such numbers: [seq, dim] each."""
+    share, rounding = _tolerance(model)
+    most = share * expected.norm(dim=1) + 4 * rounding * stream.norm(dim=1)
+    if ((found - expected).norm(dim=1) > most).any():
+        raise _otherwise(model, "one adds something else to the stream than its parts do")
+
+
+def _carried(model, attention, value, heads, post):
+    """What each head would add from each position at weight one [heads, seq, dim], and a bias."""
+    projection = output_projection(attention)
+    if projection is None:
+        raise _otherwise(model, "what comes out of an attention goes through no plain matrix")
+    with align_module_device(projection):  # what is offloaded comes for as long
+        weight = projection.weight.detach().float()
+        bias = projection.bias
+        bias = weight.new_zeros(1) if bias is None else bias.detach().float()
+    weight = weight.T if isinstance(projection, Conv1D) else weight
     value = value.repeat_interleave(heads // len(value), dim=0)  # [heads, seq, head_dim]
-    blocks = attention.o_proj.weight.float().view(-1, heads, value.shape[-1])  # [dim, heads, ...]
-    return torch.einsum("hsw,dhw->hsd", value, blocks)
+    blocks = weight.reshape(len(weight), heads, -1)  # [dim, heads, head_dim]
+    carried = torch.einsum("hsw,dhw->hsd", value, blocks)
+    if post is None:
+        return carried, bias
+    return post.centre(carried) * post.gain, post.centre(bias) * post.gain
 
 
 def _shares(states, weights, carried):
     """ALTI: how much of each position, after attention, came from each one before: [seq, seq].
 
     ``states`` [seq, dim] went in. A share is how much the L1 norm of a sum falls short of the
-    distance between the sum and one of its terms; never below zero, and a row sums to 1.
+    distance between the sum and one of its terms; never below zero, and a row sums to 1. Also
+    returns what attention brought to each position, [seq, dim].
     """
     seq, dim = states.shape
-    shares = []
+    shares, brought = [], []
     for some in torch.arange(seq, device=states.device).split(
         max(1, VECTORS_AT_ONCE // seq // dim)
     ):
         moved = torch.einsum("hij,hjd->ijd", weights[:, some], carried)  # [some, seq, dim]
+        brought.append(moved.sum(dim=1))
         moved[range(len(some)), some] += states[some]  # the residual connection
         total = moved.sum(dim=1, keepdim=True)
         nearer = total.abs().sum(dim=-1) - (total - moved).abs().sum(dim=-1)
         shares.append(nearer.clamp_min(0))
     shares = torch.cat(shares)
-    return shares / shares.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+    return shares / shares.sum(dim=-1, keepdim=True).clamp_min(1e-12), torch.cat(brought)

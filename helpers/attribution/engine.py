@@ -9,7 +9,9 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import psutil
 import torch
@@ -20,11 +22,9 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     DynamicCache,
-    LlamaForCausalLM,
 )
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from helpers.architectures import pointwise_after_last_attention
+from helpers.architectures import body_of, pointwise_after_last_attention, stack_of
 from helpers.errors import InputError
 from helpers.prompts import Unit
 from helpers.questions import Facts, Question, read_facts
@@ -209,14 +209,14 @@ class Asked:
     def slopes(self, read: Tensor, owner: Tensor) -> Tensor:
         """The gradient of each output with respect to what it reads: [rows, outputs, dim].
 
-        It is the target's row of the output layer, minus the foil's, or minus the mean row that the
-        model itself expects. Raises ``InputError`` if the output layer is not a plain matrix.
+        ``read`` are last hidden states [rows, outputs, dim]. It is the target's row of the output
+        layer, minus the foil's, or minus the mean row that the model itself expects; where the
+        model caps or scales its logits, of what comes out of it.
         """
-        if self.matrix is None:
-            raise InputError("The output layer of this model is not a plain matrix in memory.")
         with torch.enable_grad():
             read = read.detach().requires_grad_(True)
-            return torch.autograd.grad(self._each(read, owner).sum(), read)[0]
+            end = read if self.matrix is not None else behind_layers(self.model, read)
+            return torch.autograd.grad(self._each(end, owner).sum(), read)[0]
 
     def _each(self, read, owner):
         owner = torch.arange(len(self)).repeat(len(read) // len(self)) if owner is None else owner
@@ -466,17 +466,39 @@ def plain_output_layer(model: Any) -> nn.Linear | None:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) is not nn.Linear or not head.weight.is_floating_point() or head.weight.is_meta:
         return None
-    name, layers, state = model.base_model_prefix, model.base_model, head.weight[:1, None]
-    try:  # all that comes after layers and output layer, each of which gives the same at once
-        setattr(model, name, _Instead(lambda *_, **__: MoeModelOutputWithPast(state)))
+    state = head.weight[:1, None]
+    try:
         model.set_output_embeddings(_Instead(lambda hidden: state))
-        as_they_are = model.forward(inputs_embeds=state, use_cache=False).logits is state
+        as_they_are = behind_layers(model, state) is state
     except Exception:  # a model that asks more of its layers
         as_they_are = False
     finally:
         model.set_output_embeddings(head)
-        setattr(model, name, layers)
     return head if as_they_are else None
+
+
+def behind_layers(model: Any, states: Tensor) -> Tensor:
+    """The logits [rows, seq, vocab] that ``model`` makes of last hidden states [rows, seq, dim]."""
+    name = body_of(model)
+    body = getattr(model, name)
+    try:
+        setattr(model, name, _Instead(lambda *_, **__: _Given(states)))
+        return model.forward(inputs_embeds=states, use_cache=False).logits
+    finally:
+        setattr(model, name, body)
+
+
+class _Given(SimpleNamespace):
+    """An output of layers that holds states, and nothing else that may be asked for."""
+
+    def __init__(self, states: Tensor):
+        super().__init__(last_hidden_state=states)
+
+    def __getitem__(self, index):
+        return self.last_hidden_state
+
+    def __getattr__(self, name):
+        return None
 
 
 class _Instead(nn.Module):
@@ -573,11 +595,11 @@ def frozen(model: Any) -> Iterator[None]:
 def working_precision(model: Any, precision: str | None) -> Iterator[None]:
     """Do the products with weights in ``precision`` while inside; ``None`` leaves all as it is.
 
-    Weights are cast once, where autocast would cast frozen ones at every pass, and a normed
-    activation once for the two or three products that it feeds. The residual stream, the norms,
-    the rotary angles, attention (whose fused backward pass is slower in half precision on a CPU)
-    and the answer's logits stay in float32. Takes half of the model's memory once more. Raises
-    ``InputError`` for a precision that is not known, and for a model whose attention is its own.
+    Weights are cast once, where autocast would cast frozen ones at every pass. The residual stream,
+    the norms, the rotary angles, attention (whose fused backward pass is slower in half precision
+    on a CPU) and the answer's logits stay in float32. Takes half of the model's memory once more.
+    Raises ``InputError`` for a precision that is not known, and for a model whose attention is its
+    own.
     """
     if precision is None:
         yield
@@ -597,11 +619,6 @@ def working_precision(model: Any, precision: str | None) -> Iterator[None]:
     refused = refuses_attending(model) if linears else None
     if refused is not None:
         raise InputError(f"The precision {precision} cannot be used. {refused}")
-    norms = [
-        norm
-        for layer in (model.model.layers if linears and isinstance(model, LlamaForCausalLM) else ())
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm)
-    ]
     with contextlib.ExitStack() as stack:
         for linear in linears:
             for name, weight in list(linear.named_parameters()):
@@ -610,8 +627,6 @@ def working_precision(model: Any, precision: str | None) -> Iterator[None]:
                 setattr(linear, name, cast)
             hook = linear.register_forward_pre_hook(lambda m, args: (args[0].to(dtype),))
             stack.enter_context(hook)
-        for norm in norms:
-            stack.enter_context(norm.register_forward_hook(lambda m, args, out: out.to(dtype)))
         if linears:
             stack.enter_context(attending(model, sdpa))
             stack.callback(_attend_in_float32.reset, _attend_in_float32.set(True))
@@ -645,45 +660,122 @@ def attending(model: Any, function: Callable) -> Iterator[None]:
         _attend.reset(token)
 
 
+_attends: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
 def refuses_attending(model: Any) -> str | None:
-    """``None`` for a model that can attend through a function of ours, else why it cannot."""
-    if not hasattr(model, "set_attn_implementation"):
-        return f"The attention of a {type(model).__name__} is its own and cannot be watched."
-    config = getattr(model.config, "get_text_config", lambda: model.config)()
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return (
-            f"The attention of a {type(model).__name__} caps its logits, which torch's fused "
-            "attention does not."
-        )
-    return None
+    """``None`` for a model that can attend through a function of ours, else why it cannot.
+
+    It is tried once a model, on a few tokens: whether every layer comes here, and whether what
+    comes out is what the model makes of them by itself.
+    """
+    if model not in _attends:
+        try:
+            _attends[model] = _attends_through_ours(model)
+        except (AttributeError, InputError, ValueError):  # its attention cannot be chosen
+            _attends[model] = False
+    if _attends[model]:
+        return None
+    return f"The attention of a {type(model).__name__} is its own and cannot be watched."
+
+
+def _attends_through_ours(model):
+    layers, came = stack_of(model).layers, set()
+
+    def watched(module, *args, **options):
+        came.add(module)
+        return sdpa(module, *args, **options)
+
+    def run():
+        return last_states(model, few_tokens(model)).float()
+
+    with torch.no_grad():
+        own = run()
+        with attending(model, watched):
+            ours = run()
+    most = 1e-3 if model.get_input_embeddings().weight.dtype == torch.float32 else 0.1
+    near = (own - ours).abs().max() <= most * own.abs().max()
+    return bool(near) and len(came) == len(layers)
+
+
+def last_states(model: Any, embeds: Tensor) -> Tensor:
+    """The last hidden states [rows, seq, dim] of embeds [rows, seq, dim], behind the last norm."""
+    return getattr(model, body_of(model))(inputs_embeds=embeds, use_cache=False)[0]
+
+
+def few_tokens(model: Any) -> Tensor:
+    """The embeddings of a few tokens, [1, few, dim], to try something on."""
+    table = model.get_input_embeddings()
+    return table(torch.arange(3, 7, device=table.weight.device))[None].detach()
 
 
 def sdpa(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """torch's fused attention, in float32 where ``working_precision`` asks for it."""
+    """torch's fused attention, in float32 where ``working_precision`` asks for it.
+
+    A cap on the logits (Gemma 2) it does not know: the maps are formed then. A sink (gpt-oss),
+    which takes a share of the weight and brings nothing, is a first position of its own.
+    """
     dtype = torch.float32 if _attend_in_float32.get() else query.dtype
-    attend = AttentionInterface()["sdpa"]
-    return attend(module, query.to(dtype), key.to(dtype), value.to(dtype), mask, **options)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if softcap is not None:
+        weights = attention_weights(query, key, mask, options["scaling"], softcap, s_aux)
+        values = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        return (weights.to(values.dtype) @ values).transpose(1, 2), None
+    if s_aux is not None:
+        seen = _seen(query, mask, torch.arange(query.shape[2], device=query.device))
+        seen = seen.expand(len(query), query.shape[1], -1, -1)
+        sink = s_aux.view(1, -1, 1, 1).expand(*seen.shape[:3], 1)
+        mask = query.new_zeros(seen.shape).masked_fill(~seen, -torch.inf)
+        mask = torch.cat([sink.to(mask), mask], dim=3)
+        key, value = F.pad(key, (0, 0, 1, 0)), F.pad(value, (0, 0, 1, 0))
+    return AttentionInterface()["sdpa"](module, query, key, value, mask, **options)
 
 
 def attention_weights(
-    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, at: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    at: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """The attention weights of some positions, [rows, heads, positions, seq] in float32.
 
     ``query`` [rows, heads, seq, dim], ``key`` [rows, kv heads, seq, dim]; ``at`` LongTensor
     [positions] are those that look, all by default. A ``mask`` of ``None`` is the causal one.
+    ``softcap`` bounds the logits; ``s_aux`` [heads] are those of a sink, whose share is left out,
+    so that rows then sum to less than 1.
     """
-    seq = query.shape[2]
-    at = torch.arange(seq) if at is None else at
+    at = torch.arange(query.shape[2]) if at is None else at
     at = at.to(query.device)
     grouped = query[:, :, at].unflatten(1, (key.shape[1], -1))  # [rows, kv heads, per kv, at, dim]
-    weights = (grouped @ key[:, :, None].transpose(-1, -2)).float().flatten(1, 2) * scaling
-    seen = torch.arange(seq, device=query.device) <= at[:, None]  # [at, seq]
-    if mask is not None:  # a sliding window
-        seen = mask[:1, :1, at, :seq]
-    return weights.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    logits = (grouped @ key[:, :, None].transpose(-1, -2)).float().flatten(1, 2) * scaling
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    logits = logits.masked_fill(~_seen(query, mask, at), -torch.inf)
+    if s_aux is None:
+        return logits.softmax(dim=-1)
+    sink = s_aux.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+    return torch.cat([sink, logits], dim=3).softmax(dim=-1)[..., 1:]
+
+
+def _seen(query, mask, at):
+    """Which positions those in ``at`` see: BoolTensor [1, 1, at, seq]."""
+    seq = query.shape[2]
+    if mask is None:
+        return (torch.arange(seq, device=query.device) <= at[:, None])[None, None]
+    return mask[:1, :1, at, :seq]  # a sliding window, the same in all rows
 
 
 # --- batches -----------------------------------------------------------------------------------

@@ -12,15 +12,26 @@ purposes only. What that means for another use is a question for whoever plans t
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from helpers.architectures import places_of
-from helpers.attribution.engine import Asked, attending, refuses_attending, sdpa
+from helpers.architectures import Norm, places_of, stack_of
+from helpers.attribution.engine import (
+    Asked,
+    attending,
+    few_tokens,
+    last_states,
+    refuses_attending,
+    sdpa,
+)
 from helpers.attribution.result import Attribution, attributions
 from helpers.errors import InputError
 
@@ -85,13 +96,10 @@ def _refusal(model):
     other = "take another method, such as integrated_gradients."
     try:
         stranger = places_of(model).stranger
-    except InputError:
-        stranger = name
+    except InputError as error:
+        return f"{str(error).removesuffix('.')}: {other}"
     if stranger is not None:
-        return (
-            "It has rules for root-mean-square norms and gated feed-forwards, as a Llama has them, "
-            f"and none for the {stranger} of a {name}: {other}"
-        )
+        return f"It has no rule for the {stranger} of a {name}: {other}"
     refused = refuses_attending(model)
     if refused is not None:
         return refused
@@ -101,34 +109,43 @@ def _refusal(model):
 
 
 def _conserves(model):
-    table = model.get_input_embeddings()
-    embeds = table(torch.arange(3, 7, device=table.weight.device))[None].detach()
-    biases = [weight for key, weight in model.named_parameters() if key.endswith("bias")]
-    inputs = [embeds, *biases]
-    found = [each.requires_grad for each in inputs]
+    embeds, (layers, norm) = few_tokens(model), stack_of(model)
+    seen: list[tuple[Tensor, Tensor | float]] = []  # where relevance comes in, and what of it
+
+    def keep_input(module, args):
+        seen.append((args[0], args[0]))
+
+    def keep_bias(module, args, out):
+        if not getattr(out, "requires_grad", False):
+            return  # of a router
+        with align_module_device(module):  # what is offloaded comes for as long
+            seen.append((out, module.bias.detach().to(out)))
 
     def run():
-        return model.base_model.forward(inputs_embeds=embeds, use_cache=False)[0][0, -1]  # [dim]
+        return last_states(model, embeds)[0, -1]  # [dim]
 
-    try:
-        with torch.inference_mode(), attending(model, sdpa):
-            plain = run()
-        for each in inputs:
-            each.requires_grad_(True)
-        with torch.enable_grad(), relevance_rules(model, through_attention=False):
-            ruled = run()
-            direction = plain.sign()  # so that nothing cancels
-            total = (ruled * direction).sum()
-            slopes = torch.autograd.grad(total, inputs, allow_unused=True)
-    finally:
-        for each, before in zip(inputs, found, strict=True):
-            each.requires_grad_(before)
-    pairs = zip(slopes, inputs, strict=True)
-    back = sum((s * x.detach()).float().sum().item() for s, x in pairs if s is not None)
-    leak = abs(back - total.item()) / abs(total.item())
-    return torch.equal(ruled, plain) and leak <= (
-        LEAK if embeds.dtype == torch.float32 else LEAK_IN_HALF
+    with torch.no_grad(), attending(model, sdpa):
+        plain = run()
+    with contextlib.ExitStack() as stack:
+        embeds.requires_grad_(True)
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(relevance_rules(model, through_attention=False))
+        stack.enter_context(layers[0].register_forward_pre_hook(keep_input))
+        for module in chain(layers.modules(), [norm]):
+            if getattr(module, "bias", None) is not None:
+                stack.enter_context(module.register_forward_hook(keep_bias))
+        ruled = run()
+        direction = plain.sign()  # so that nothing cancels
+        total = (ruled * direction).sum()
+        slopes = torch.autograd.grad(total, [each for each, _ in seen], allow_unused=True)
+    back = sum(
+        (slope.float() * what.detach().float()).sum().item()
+        for slope, (_, what) in zip(slopes, seen, strict=True)
+        if slope is not None
     )
+    leak = abs(back - total.item()) / abs(total.item())
+    most = LEAK if embeds.dtype == torch.float32 else LEAK_IN_HALF
+    return torch.equal(ruled, plain) and leak <= most
 
 
 @contextlib.contextmanager
@@ -139,7 +156,7 @@ def relevance_rules(model: Any, through_attention: bool = True) -> Iterator[None
     """
     rule = attention_rule if through_attention else attention_kept_constant
     # attention stays fused: no [seq, seq] map is kept for the backward pass
-    with rules_in_place(model, identity_rule, product_rule, rule(sdpa)):
+    with rules_in_place(model, rule(sdpa)):
         yield
 
 
@@ -154,12 +171,6 @@ def switchable_rules(model: Any, through_attention: bool = True) -> Iterator[Sim
     def either(value, ruled):
         return Either.apply(value, ruled, switch)
 
-    def after(module, args, out):
-        return either(out, identity_rule(module, args, out))
-
-    def before(module, args):
-        return (either(*args, *product_rule(module, args)),)
-
     def attend_by_either(module, query, key, value, mask, **options):
         def attend(module, *ruled, **options):
             *ruled, mask = ruled
@@ -168,7 +179,7 @@ def switchable_rules(model: Any, through_attention: bool = True) -> Iterator[Sim
 
         return attention_rule(attend)(module, query, key, value, mask, **options)
 
-    with rules_in_place(model, after, before, attend_by_either):
+    with rules_in_place(model, attend_by_either, either):
         yield switch
 
 
@@ -187,19 +198,36 @@ class Either(torch.autograd.Function):
 
 @contextlib.contextmanager
 def rules_in_place(
-    model: Any, after: Callable, before: Callable, attend: Callable
+    model: Any, attend: Callable, take: Callable = lambda value, ruled: ruled
 ) -> Iterator[None]:
     """Put rules where a model needs one, while inside.
 
-    ``after`` is a forward hook of norms and activations, ``before`` a forward pre-hook of what
-    takes the product of gate and up, and ``attend`` the attention of every layer.
+    ``attend`` is the attention of every layer. ``take(value, ruled)`` is what goes on of a value
+    and the same value with a rule behind it.
     """
     places = places_of(model)
+
+    def after(rule):
+        return lambda module, args, out: take(out, rule(module, args, out))
+
+    def before(module, args):
+        return (take(args[0], *product_rule(module, args)),)
+
+    def constant(module, args, out):
+        return tree_map_only(Tensor, lambda each: take(each, each.detach()), out)
+
     with contextlib.ExitStack() as hooks:
-        for module in (*places.norms, *places.activations):
-            hooks.enter_context(module.register_forward_hook(after))
+        for module, norm in places.norms.items():
+            rule = partial(layer_norm_rule, norm) if norm.centred else identity_rule
+            hooks.enter_context(module.register_forward_hook(after(rule)))
+        for module in places.activations:
+            hooks.enter_context(module.register_forward_hook(after(identity_rule)))
         for module in places.products:
             hooks.enter_context(module.register_forward_pre_hook(before))
+        for module in places.experts:  # a half of all that comes out of a product inside
+            hooks.enter_context(module.register_forward_hook(after(half_rule)))
+        for module in places.routers:
+            hooks.enter_context(module.register_forward_hook(constant))
         hooks.enter_context(attending(model, attend))
         yield
 
@@ -222,6 +250,24 @@ def identity_rule(module: Any, args: tuple, out: Tensor) -> Tensor:
     (x,) = args
     slope = (out.float() / x.float()).detach()
     return with_slope(out, slope.where(x != 0, 0), x)
+
+
+def layer_norm_rule(norm: Norm, module: Any, args: tuple, out: Tensor) -> Tensor:
+    """LayerNorm, a forward hook: linear in what is left of the mean, its deviation a constant.
+
+    What its bias puts in is credited to no input. Source: Ali et al. 2022, arXiv:2202.07304.
+    """
+    centred = norm.centre(args[0])
+    return with_slope(out, norm.slope(centred.detach()), centred)
+
+
+def half_rule(experts: Any, args: tuple, out: Tensor) -> Tensor:
+    """Experts, a forward hook: of the product of gate and up inside, each factor gets half.
+
+    All that is behind the product is linear, so that it makes no difference where the half is
+    taken. What weighs the experts is a constant.
+    """
+    return with_slope(out, 0.5, out)
 
 
 def product_rule(down_proj: Any, args: tuple) -> tuple[Tensor]:

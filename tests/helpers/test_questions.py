@@ -359,6 +359,8 @@ def test_what_a_checkpoint_sets_for_generation_changes_no_answer():
     config.forced_eos_token_id = config.forced_bos_token_id = 7
     again = ask(model, tokenizer, "The cat", answer=6)
     assert (again.target, again.probability) == (plain.target, plain.probability)
+    assert any("(repetition_penalty, no_repeat_ngram_size, sup" in note for note in again.notes)
+    assert not any("settings" in note for note in plain.notes)
     assert ask(model, tokenizer, "The cat").target == plain.target[:1]
 
 

@@ -9,12 +9,12 @@ from types import ModuleType, SimpleNamespace
 import by_hand
 import pytest
 import torch
+from families import WITH_RULES, of_family
 from linear_model import LinearCausalModel
 from llama3_rope import LLAMA3_ROPE
 from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
-from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 from watching import tensor_sizes
 
@@ -385,6 +385,7 @@ def test_the_model_is_left_as_it_was_found_after_an_error():
         assert state(model) != before
         raise ZeroDivisionError
     assert state(model) == before
+    run(model, question)  # which has been tried then
     model.model.norm.register_forward_pre_hook(lambda module, args: 1 / 0)
     before = state(model)
     with pytest.raises(ZeroDivisionError):  # in the middle of the forward pass
@@ -430,7 +431,7 @@ def test_half_precision_comes_near(tiny, through):
 
 def test_other_models_are_refused(tiny):
     linear = LinearCausalModel(tiny[1])
-    with pytest.raises(InputError, match=r"as a Llama has them.*LinearCausalModel"):
+    with pytest.raises(InputError, match="A LinearCausalModel has no layers that are known"):
         run(linear, ask(linear, tiny[1], PROMPT, target="a"))
 
 
@@ -460,43 +461,57 @@ def test_rules_differ_from_the_gradient_and_each_other(tiny):
 # --- the authors' own package ------------------------------------------------------------------
 
 
+LXT = ["llama", "qwen2", "qwen3", "gemma3", "gpt2"]
+
+
 @pytest.fixture
-def lxt_rules(monkeypatch):
+def lxt_rules(monkeypatch, request):
     """``patch(model)`` of lxt, whose release does not import under this transformers as it is.
 
     Its package imports every architecture that it knows, among them a BERT that needs what
-    transformers no longer has. Only the rules for Llama are wanted: the two packages above them
-    are stood in for by empty ones, and the patched table of attention functions, a plain dict, is
-    given the one method that transformers now calls. All of it is undone after the test.
+    transformers no longer has. Only the rules for one family are wanted: the two packages above
+    them are stood in for by empty ones, and the patched table of attention functions, a plain dict,
+    is given the one method that transformers now calls. All of it is undone after the test.
     """
     lxt = pytest.importorskip("lxt", reason="lxt is not installed: pip install --no-deps lxt==2.1")
     for name in ("lxt.efficient", "lxt.efficient.models"):
         package = ModuleType(name)
         package.__path__ = [f"{lxt.__path__[0]}/{'/'.join(name.split('.')[1:])}"]
         monkeypatch.setitem(sys.modules, name, package)
-    for name in ("rules", "patches", "models.llama"):  # forgotten again with their stand-ins
+    family = request.param
+    for name in ("rules", "patches", f"models.{family}"):  # forgotten again with their stand-ins
         monkeypatch.delitem(sys.modules, f"lxt.efficient.{name}", raising=False)
-    for target in (modeling_llama.LlamaMLP, LlamaRMSNorm, nn.Dropout):
-        monkeypatch.setattr(target, "forward", target.forward)
-    for name in ("eager_attention_forward", "ALL_ATTENTION_FUNCTIONS"):
-        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
 
     class Table(dict):
         def get_interface(self, name, default):
             return self.get(name, default)
 
-    for target, patch in importlib.import_module("lxt.efficient.models.llama").attnLRP.items():
-        assert patch(target)
-    table = Table(modeling_llama.ALL_ATTENTION_FUNCTIONS)
-    monkeypatch.setattr(modeling_llama, "ALL_ATTENTION_FUNCTIONS", table)
+    def patch():
+        modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        patches = importlib.import_module(f"lxt.efficient.models.{family}").attnLRP
+        for target in patches:  # what will be put back
+            names = ("eager_attention_forward", "ALL_ATTENTION_FUNCTIONS")
+            for name in names if target is modeling else ("forward", "_norm"):
+                if hasattr(target, name):
+                    monkeypatch.setattr(target, name, getattr(target, name))
+        for target, patch_it in patches.items():
+            assert patch_it(target)
+        table = Table(modeling.ALL_ATTENTION_FUNCTIONS)
+        monkeypatch.setattr(modeling, "ALL_ATTENTION_FUNCTIONS", table)
+
+    return family, patch
 
 
 @with_and_without_foil
-def test_lxt_gives_the_same_scores(tiny, foil, request):
-    model, question = tiny[0], ask(*tiny, PROMPT, foil=foil)
+@pytest.mark.parametrize("lxt_rules", LXT, indirect=True)
+def test_lxt_gives_the_same_scores(tiny, foil, lxt_rules):
+    family, patch = lxt_rules
+    name = next(each for each in WITH_RULES if each.lower() == family)
+    model = of_family(name, WITH_RULES[name], tiny[1])
+    question = ask(model, tiny[1], PROMPT, foil=foil)
     ours = run(model, question).scores
     plain = gradient_x_input(model, question).scores
-    request.getfixturevalue("lxt_rules")
+    patch()
     theirs = gradient_x_input(model, question).scores  # of the model that lxt has patched
     assert not torch.allclose(theirs, plain, rtol=0.1)
     same(ours, theirs, 1e-4 * float(theirs.abs().max()))
