@@ -246,3 +246,65 @@ def pointwise_after_last_attention(model: Any) -> list[nn.Module]:
     if not isinstance(output, nn.Linear) or mlp is None or gated_parts(mlp) is None:
         return []
     return [output, mlp]
+
+
+# --- all of it in words ------------------------------------------------------------------------
+
+
+def anatomy(model: Any) -> dict[str, str]:
+    """What a model is made of, by part and in words, as far as it is known.
+
+    Found by structure; windows and caps inside of attention are only said by its configuration.
+    """
+    stack, places = stack_of(model), places_of(model)
+    config = getattr(model.config, "get_text_config", lambda: model.config)()
+    parts = list(stack.layers.modules())
+    attentions = [each for each in parts if type(each).__name__.endswith("Attention")]
+    inside = {each for attention in attentions for each in attention.modules()}
+    linears = [each for each in inside if isinstance(each, LINEAR)]
+    kinds = {"LayerNorm" if norm.centred else "root mean square" for norm in places.norms.values()}
+    windows = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None)]
+    attention = {
+        "biases": any(each.bias is not None for each in linears),
+        "norms of queries and keys": any(each in places.norms for each in inside),
+        "sinks": any(name == "sinks" for each in inside for name, _ in weights_of(each)),
+        "capped logits": getattr(config, "attn_logit_softcapping", None) is not None,
+        "windows": any(kind not in (None, "full_attention") for kind in windows),
+    }
+    feed_forward = {
+        "gated": places.products,
+        "experts": any(
+            name.endswith("down_proj") and weight.dim() == 3
+            for name, weight in stack.layers.named_parameters()
+        ),
+    }
+    return {
+        "layers": str(len(stack.layers)),
+        "norms": " and ".join(sorted(kinds)),
+        "feed-forward": " and ".join(name for name, there in feed_forward.items() if there)
+        or "plain",
+        "attention": ", ".join(name for name, there in attention.items() if there) or "plain",
+        "embeddings": _embeddings_in_words(model),
+        "output layer": _output_in_words(model, config),
+    }
+
+
+def _embeddings_in_words(model):
+    table = model.get_input_embeddings()
+    row = table.weight[3].detach()
+    scale = float(table(torch.tensor(3, device=row.device)).norm() / row.norm())
+    tables = [each for each in model.modules() if isinstance(each, nn.Embedding)]
+    told = [] if abs(scale - 1) < 1e-2 else ["scaled"]
+    told += ["and learned positions"] if len(tables) > 1 else []
+    return " ".join(told) or "as they are"
+
+
+def _output_in_words(model, config):
+    head = model.get_output_embeddings()
+    tied = head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    told = ["tied" if tied else "its own"]
+    told += ["with a bias"] if getattr(head, "bias", None) is not None else []
+    told += ["capped"] if getattr(config, "final_logit_softcapping", None) is not None else []
+    scales = [getattr(config, name, None) for name in ("logits_scaling", "logit_scale")]
+    told += ["scaled"] if any(scale not in (None, 1) for scale in scales) else []
+    return ", ".join(told)

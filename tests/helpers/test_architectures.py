@@ -15,7 +15,7 @@ from toys import toy
 from watching import rows_run
 
 from helpers import METHODS, InputError, ask, attribute, load_model, tiny_llama
-from helpers.architectures import gated_parts, is_activation, norm_of, places_of, stack_of
+from helpers.architectures import anatomy, gated_parts, is_activation, norm_of, places_of, stack_of
 from helpers.attribution import relevance as module
 from helpers.attribution.engine import attending, sdpa
 from helpers.attribution.relevance import relevance_rules
@@ -97,14 +97,30 @@ def test_readme_says_which_family_takes_which_method(tiny):
         taken = [takes(model, question, method) for method in methods]
         taken.append(all(takes(model, question, method) for method in rest))
         lines.append(f"| {name} | {' | '.join('yes' if each else 'no' for each in taken)} |")
-    readme = Path(__file__).resolve().parents[2] / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, _, after = text.partition("<!-- families -->\n")
-    old, _, after = after.partition("<!-- end families -->")
+    written_or_kept("README.md", "families", lines)
+
+
+def test_the_docs_say_what_a_family_is_made_of(tiny):
+    """With WRITE_TABLE=1 it is written there."""
+    lines = []
+    for name, more in (WITH_RULES | {name: REFUSED[name][0] for name in REFUSED}).items():
+        found = anatomy(of_family(name, more, tiny[1])) | {"layers": name}
+        if not lines:
+            lines = [f"| | {' | '.join(list(found)[1:])} |", "|---" * len(found) + "|"]
+        lines.append(f"| {' | '.join(found.values())} |")
+    written_or_kept("docs/models.md", "anatomy", lines)
+
+
+def written_or_kept(name, mark, lines):
+    """The table between two marks of a file of the repository is this one, or is made this one."""
+    file = Path(__file__).resolve().parents[2] / name
+    text = file.read_text(encoding="utf-8")
+    before, _, after = text.partition(f"<!-- {mark} -->\n")
+    old, _, after = after.partition(f"<!-- end {mark} -->")
     table = "\n".join(lines) + "\n"
     if os.environ.get("WRITE_TABLE"):
-        marked = f"<!-- families -->\n{table}<!-- end families -->"
-        readme.write_text(before + marked + after, encoding="utf-8")
+        marked = f"<!-- {mark} -->\n{table}<!-- end {mark} -->"
+        file.write_text(before + marked + after, encoding="utf-8")
     else:
         assert old == table
 
