@@ -336,6 +336,8 @@ def on_accelerator(device, shape=LLAMA_3_2_1B, lengths=(35, 151, 512, 2048), ste
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**shape)).to(device, torch.bfloat16).eval()
     kind = str(device).partition(":")[0]
+    sizes = {"width": shape["hidden_size"], "inner": shape["intermediate_size"]}
+    rate = matrix_rate(torch.bfloat16, device=device, **sizes)
     rows = []
     for length in lengths:
         ids = torch.randint(0, shape["vocab_size"], (1, length), device=device)
@@ -352,12 +354,14 @@ def on_accelerator(device, shape=LLAMA_3_2_1B, lengths=(35, 151, 512, 2048), ste
                 ours(model, tokenizer, question, steps)
             taken["ours"] += [took] if round_of else []
         seconds = {name: median(t.seconds for t in some) for name, some in taken.items()}
+        flops = gradient_flops(model, length)
         rows.append(
             {
                 "tokens": length,
                 "the guide's code, seconds": f"{seconds['guide']:.3f}",
                 "ours, seconds": f"{seconds['ours']:.3f}",
                 "times as fast": f"{seconds['guide'] / seconds['ours']:.1f}",
+                "of the matrix rate": f"{steps * flops / seconds['ours'] / rate:.0%}",
                 "memory above the model, MB": f"{max(t.bytes for t in taken['ours']) / 1e6:,.0f}",
             }
         )

@@ -124,10 +124,10 @@ class Seen(NamedTuple):
 
 def _run(model, embeds):
     """One forward pass of embeds [1, seq, dim], watched: ``Seen``."""
-    seen = Seen([], [], [], embeds)
+    seen, home = Seen([], [], [], embeds), embeds.device  # of layers on several devices
 
     def keep_state(module, args):
-        seen.states.append(args[0][0].float())
+        seen.states.append(args[0][0].float().to(home))
         seen.passed.append([])
 
     def keep_part(module, args, out):
@@ -136,8 +136,8 @@ def _run(model, embeds):
         seen.passed[-1].append((module, given, out.reshape(1, -1, out.shape[-1])))
 
     def keep_weights(module, query, key, value, mask, **options):
-        weights = attention_weights(query, key, mask, **options)[0]
-        seen.attended.append((module, weights, value[0].float()))
+        weights = attention_weights(query, key, mask, **options)[0].to(home)
+        seen.attended.append((module, weights, value[0].float().to(home)))
         return sdpa(module, query, key, value, mask, **options)
 
     layers, norm = stack_of(model)
@@ -150,7 +150,7 @@ def _run(model, embeds):
         hooks.enter_context(attending(model, keep_weights))
         with torch.inference_mode():
             states = last_states(model, embeds)
-    return seen._replace(read=states[0].clone())  # not an inference tensor any more
+    return seen._replace(read=states[0].to(home).clone())  # not an inference tensor any more
 
 
 def _parts(model: Any, seen: Seen, positions: Tensor, directions: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def _parts(model: Any, seen: Seen, positions: Tensor, directions: Tensor) -> Ten
     norms, final = places_of(model).norms, seen.states[-1]
     norm = norms[stack_of(model).norm]
     mixed = torch.eye(len(final), device=final.device)  # of which tokens each position is made
-    constant = (directions * norm.bias).sum(dim=1, keepdim=True)
+    constant = (directions * norm.bias.to(final.device)).sum(dim=1, keepdim=True)
     directions = norm.centre(directions * norm.slope(norm.centre(final[positions])))
     own = (seen.states[0][positions] * directions).sum(dim=1, keepdim=True)
     scores = own * mixed[positions]
@@ -199,12 +199,15 @@ def _taken_apart(model, attention, before, after, passed):
     """``Layer``, from the parts that were run between two states of the stream."""
     norms = places_of(model).norms
 
+    def numbers(some):
+        return some[0].to(before)
+
     def behind(out):
         """What a norm made of it, and that norm; some have none."""
         for part, given, made in passed:
-            if part in norms and given is not None and _same(given, out):
-                return made[0].float(), norms[part]
-        return out[0].float(), None
+            if part in norms and _same(given, out):
+                return numbers(made), norms[part]
+        return numbers(out), None
 
     parts = [each for each in passed if each[0] not in norms and not _same(each[1], each[2])]
     own = [each for each in parts if attention in each[0].modules()]
@@ -219,8 +222,8 @@ def _taken_apart(model, attention, before, after, passed):
     read = next((given for _, given, made in passed if _same(made, others[-1][1])), given)
     scale = times.expand(len(before), 1)
     if post is not None:
-        scale = scale * post.scale(post.centre(heads[0].float()))
-    read = read[0].float()  # of the last layer maybe the end alone
+        scale = scale * post.scale(post.centre(numbers(heads)))
+    read = numbers(read)  # of the last layer maybe the end alone
     parallel = torch.equal(read, before[-len(read) :])
     return Layer(scale, post, times * brought, parallel)
 
@@ -243,16 +246,17 @@ def _carried(model, attention, value, heads, post):
     if projection is None:
         raise _otherwise(model, "what comes out of an attention goes through no plain matrix")
     with align_module_device(projection):  # what is offloaded comes for as long
-        weight = projection.weight.detach().float()
+        weight = projection.weight.detach().float().to(value.device)
         bias = projection.bias
-        bias = weight.new_zeros(1) if bias is None else bias.detach().float()
+        bias = weight.new_zeros(1) if bias is None else bias.detach().float().to(weight)
     weight = weight.T if isinstance(projection, Conv1D) else weight
     value = value.repeat_interleave(heads // len(value), dim=0)  # [heads, seq, head_dim]
     blocks = weight.reshape(len(weight), heads, -1)  # [dim, heads, head_dim]
     carried = torch.einsum("hsw,dhw->hsd", value, blocks)
     if post is None:
         return carried, bias
-    return post.centre(carried) * post.gain, post.centre(bias) * post.gain
+    gain = post.gain.to(carried.device)
+    return post.centre(carried) * gain, post.centre(bias) * gain
 
 
 def _shares(states, weights, carried):
