@@ -128,7 +128,7 @@ def _tried(module, x):
     """What a module makes of x, in float32; ``None`` if it is no tensor of that shape."""
     try:
         with torch.no_grad():
-            out = module(x)
+            out = module.forward(x)  # past hooks that watch it
         return out.float() if out.shape == x.shape else None
     except Exception:  # whatever a module says that takes something else
         return None
@@ -161,7 +161,8 @@ _places: WeakKeyDictionary[Any, Places] = WeakKeyDictionary()
 def places_of(model: Any) -> Places:
     """The ``Places`` of ``model``, looked for once; ``InputError`` as of ``stack_of``."""
     if model not in _places:
-        _places[model] = _places_of(stack_of(model))
+        with torch.inference_mode(False):  # what is kept may come into a backward pass later
+            _places[model] = _places_of(stack_of(model))
     return _places[model]
 
 

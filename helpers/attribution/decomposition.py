@@ -112,28 +112,31 @@ class Seen(NamedTuple):
     """What one forward pass of one text passed through, in float32 but for ``read``.
 
     ``states`` [seq, dim] before each layer and behind the last one. For each layer ``attended``:
-    the attention, its weights [heads, seq, seq] and its values [kv heads, seq, head_dim]; and
-    ``passed``: the parts that were run, with what each was given and gave, [1, seq, dim].
+    the attention, its weights [heads, seq, seq] and its values [kv heads, seq, head_dim]; and how
+    it adds to the stream.
     """
 
     states: list[Tensor]
     attended: list[tuple[nn.Module, Tensor, Tensor]]
-    passed: list[list[tuple[nn.Module, Tensor | None, Tensor]]]
+    layers: list["Layer"]
     read: Tensor
 
 
 def _run(model, embeds):
     """One forward pass of embeds [1, seq, dim], watched: ``Seen``."""
     seen, home = Seen([], [], [], embeds), embeds.device  # of layers on several devices
+    passed: list[tuple[nn.Module, Tensor | None, Tensor]] = []  # parts, what each was given, gave
 
     def keep_state(module, args):
         seen.states.append(args[0][0].float().to(home))
-        seen.passed.append([])
+        if len(seen.states) > 1:
+            seen.layers.append(_taken_apart(model, seen.attended[-1][0], *seen.states[-2:], passed))
+        passed.clear()
 
     def keep_part(module, args, out):
         out = out[0] if isinstance(out, tuple) else out
         given = args[0] if args else None
-        seen.passed[-1].append((module, given, out.reshape(1, -1, out.shape[-1])))
+        passed.append((module, given, out.reshape(1, -1, out.shape[-1])))
 
     def keep_weights(module, query, key, value, mask, **options):
         weights = attention_weights(query, key, mask, **options)[0].to(home)
@@ -165,9 +168,9 @@ def _parts(model: Any, seen: Seen, positions: Tensor, directions: Tensor) -> Ten
     directions = norm.centre(directions * norm.slope(norm.centre(final[positions])))
     own = (seen.states[0][positions] * directions).sum(dim=1, keepdim=True)
     scores = own * mixed[positions]
-    for index, (attention, weights, value) in enumerate(seen.attended):
-        before, after = seen.states[index : index + 2]
-        layer = _taken_apart(model, attention, before, after, seen.passed[index])
+    for before, after, (attention, weights, value), layer in zip(
+        seen.states[:-1], seen.states[1:], seen.attended, seen.layers, strict=True
+    ):
         weights = weights * layer.scale
         carried, bias = _carried(model, attention, value, len(weights), layer.post)
         read = torch.einsum("hjd,od->ohj", carried, directions)
