@@ -32,6 +32,7 @@ _BREAKERS = {"words": WordBreaker, "sentences": SentenceBreaker}
 _LOCALE = "en@ss=standard"  # "Mr." ends no sentence; words of other scripts do not depend on it
 _TRUSTED = ("template", "answer")  # parts in which a control token is one
 SECONDS = 10  # that a template may take
+LONGEST = 10_000_000  # characters that a template may make: more than any model reads
 Span = tuple[int, int]
 half_a_pair = re.compile(r"[\ud800-\udfff]").search  # of surrogates: no text can hold one
 # what is wrong with each part of a question that is read here
@@ -202,7 +203,7 @@ def _applied(tokenizer, messages, wrap):
     begun = messages[-1]["role"] == "assistant"  # the assistant's beginning is to be continued
     try:
         with _at_most(SECONDS):
-            return tokenizer.apply_chat_template(
+            text = tokenizer.apply_chat_template(
                 filled,
                 tokenize=False,
                 add_generation_prompt=not begun,
@@ -213,11 +214,19 @@ def _applied(tokenizer, messages, wrap):
             f"The chat template took more than {SECONDS} seconds over these messages, so it may "
             "never end: ask the finished text with raw=True."
         ) from None
+    except MemoryError:
+        text = None
     except Exception as error:  # a template is a program of somebody else's
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise bad_messages(
             f"The chat template refuses these messages ({said[:200]}): change roles or order."
         ) from error
+    if text is None or len(text) > LONGEST:
+        raise bad_messages(
+            f"The chat template makes more than {LONGEST:,} characters of these messages, which no "
+            "model reads: ask the finished text with raw=True."
+        )
+    return text
 
 
 @contextlib.contextmanager
