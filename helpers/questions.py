@@ -194,6 +194,11 @@ def read_question(
     device = "cpu"
     if model is not None:
         table = model.get_input_embeddings().weight
+        if table.is_meta:
+            raise InputError(
+                "The embedding table of this model is offloaded, and every method begins with its "
+                "rows: keep that one in memory, as load_model does."
+            )
         device, vocabulary = table.device, len(table)
         config = getattr(model.config, "get_text_config", lambda: model.config)()
         context = getattr(config, "max_position_embeddings", None)
@@ -216,6 +221,7 @@ def read_question(
     room = ANSWER if answer is True else answer if isinstance(answer, int) else 0
     room = max(room, len(ids or ()), len(others or ()))
     _check_size(tokenizer, read, [ids, others], room, context, vocabulary)
+    _check_tokens(tokenizer, "foil", others or ())
     grouping = "sources" if sources is not None else units
     chat_given = chat or not isinstance(prompt, str)
     if grouping != "tokens" and not chat_given and sum(p != "template" for p in read.parts) == 1:
@@ -256,6 +262,7 @@ def read_question(
 def with_target(question: Question, target: Sequence[int]) -> Question:
     """``question`` about the token ids ``target``; ``InputError`` if they are its foil."""
     target, tokenizer = tuple(target), question.tokenizer
+    _check_tokens(tokenizer, "target", target)
     before = question.input_ids[0].tolist()
     label = decoded(tokenizer, target, before)
     bad_foil = partial(InputError, field="foil")
@@ -480,6 +487,17 @@ def _check_size(tokenizer, read, named, room, context, vocabulary):
                     f"ids go from 0{most}.",
                     field=role,
                 )
+
+
+def _check_tokens(tokenizer, role, ids):
+    """A table may have more rows than there are tokens, and a row that is none means nothing."""
+    for each in ids if tokenizer.is_fast else ():
+        if tokenizer.convert_ids_to_tokens(each) is None:
+            raise InputError(
+                f"The {role} holds the token id {each}, a row of the embedding table that stands "
+                "for no token: name another one, or fetch the model's own tokenizer.",
+                field=role,
+            )
 
 
 def _answer_units(question, target, before):

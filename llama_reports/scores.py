@@ -250,9 +250,12 @@ def _not_of_a_prompt(answer):
 
 
 def _checked(answer):
-    """An answer, or the error that there is nothing to compare."""
+    """An answer, or the error that there is nothing to compare, or to explain."""
     if not isinstance(answer, Exception) and answer[0].target is None:
-        return InputError("The foil is the model's own next token: name the target, too.")
+        fault = "The foil is the model's own next token"
+        if answer[0].foil is None:
+            fault = "The model's own next token is a row of its table that stands for no token"
+        return InputError(f"{fault}: name the target, too.")
     return answer
 
 

@@ -126,8 +126,9 @@ def attribute_all(
     ``questions``, of which some thousand are held at a time and those of one shape run together;
     no padding and no mask is needed, and the scores are those of ``attribute``, to float32's
     rounding. An open question is completed on the way; where its foil turns out to be the model's
-    own next token, it comes back open and without results, as there is nothing to compare. With a
-    ``budget``, a method that it does not allow for a prompt is left out there.
+    own next token, or that token to be a row of the table that stands for none, it comes back open
+    and without results, as there is nothing to compare. With a ``budget``, a method that it does
+    not allow for a prompt is left out there.
 
     ``seconds`` is a pass's time shared evenly among its rows, and among the methods that read it.
 
@@ -228,7 +229,7 @@ def _finished(question, facts, results, spent):
     if facts is not None and question.probability is None:
         try:
             question = completed(question, facts)
-        except InputError:  # an open question whose foil is the model's own next token
+        except InputError:  # whose foil is the model's own next token, or that one is no token
             return question, {}
     told = {}
     for name, result in results.items():
