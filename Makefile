@@ -9,12 +9,14 @@ OUT ?= outputs/reports
 # Workers for the tests. Two torch processes with two threads each crawl, so each gets one thread.
 WORKERS ?= 2
 
-.PHONY: report test test-other-cpu lint lab figures bench evidence model execute lock clean help
+.PHONY: report test test-other-cpu models hostile lint lab figures bench evidence model execute lock clean help
 
 help:
 	@echo "make report   run the comparison over notebooks/prompts.yml; prints where the index is"
 	@echo "make test     every test, and nbval over every notebook"
 	@echo "make test-other-cpu   some of them, computed as an older processor would"
+	@echo "make models   which families and checkpoints take which method, tried and told in a table"
+	@echo "make hostile  20,000 damaged checkpoints: one sentence, or a model that works"
 	@echo "make lab      JupyterLab on the notebooks"
 	@echo "make figures  every notebook's figures as PNG and SVG in outputs/figures"
 	@echo "make bench    speed and accuracy beside other libraries, an hour and a half; benchmarks/results.md"
@@ -51,6 +53,16 @@ NUMERIC := attribution decompositions relevance patching ground_truth
 test-other-cpu: model
 	$(OTHER_CPU) $(PYTEST) notebooks/02_*.ipynb notebooks/03_*.ipynb notebooks/04_*.ipynb \
 		$(NUMERIC:%=tests/helpers/test_%.py)
+
+# Families x methods and checkpoints x methods, on small models: a few minutes. The table is printed
+# at the end and kept in outputs/models.md.
+models: model
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -p tests.matrix \
+		tests/helpers/test_architectures.py tests/helpers/test_checkpoints.py
+
+# For the night: folders and .gguf files, one process each.
+hostile: model
+	HOSTILE=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/helpers/test_hostile.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

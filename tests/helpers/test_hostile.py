@@ -1,16 +1,21 @@
-"""A folder of a stranger's ends in one sentence, or in a model that works."""
+"""A folder or file of a stranger's ends in one sentence, or in a model that works."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[1] / "hostile.py"
-COUNT = os.environ.get("HOSTILE", "300")  # 10,000 take ten minutes
+COUNT = os.environ.get("HOSTILE")  # 10,000 of each: make hostile
 
 
-def test_a_damaged_folder_is_one_sentence_or_a_model_that_works():
-    command = [sys.executable, "-P", str(SCRIPT), os.environ.get("HOSTILE_SEED", "0"), COUNT]
+@pytest.mark.parametrize(("kind", "count"), [("folder", "300"), ("gguf", "150")])
+def test_what_is_damaged_is_one_sentence_or_a_model_that_works(kind, count):
+    seed = os.environ.get("HOSTILE_SEED", "0")
+    command = [sys.executable, "-P", str(SCRIPT), seed, COUNT or count, kind]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line for line in done.stdout.splitlines() if line.startswith("{")] == []
+    print(done.stdout)
