@@ -433,15 +433,15 @@ def unpacked_gguf(file: Path) -> Path:
         return _unpack(work, file.name, file.name)
 
     def room():
+        _check_header(file)
         return 4 * sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
 
     with _told(f"{file.name} cannot be unpacked"):
-        _check_header(file)
         return _kept(f"{file.stem}-{digest[:8]}-{_UNPACKED}", "The model", room, make)
 
 
 def _check_header(file):
-    """Refuse a header that promises more than the file holds, or says what nobody would read."""
+    """The metadata of a .gguf file, if it promises no more than the file holds, and can be read."""
     # this reader stops where the file ends; the next one counts on for as long as it is told to
     metadata, names = read_gguf_metadata(file)
     kind, pre = metadata["general.architecture"], metadata.get("tokenizer.ggml.pre")

@@ -1,6 +1,7 @@
 """Small .gguf files, written as llama.cpp's converter writes them."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_m
 
 
 def write_gguf(path, model, tokenizer, kind="F32", pre="gpt-2", without=(), more=(), **metadata):
-    """A Llama and its byte-level tokenizer in one file; returns its path.
+    """A Llama and its tokenizer in one file; returns its path.
 
     ``kind`` names the quantisation of its matrices, ``pre`` the rule by which texts are cut into
     words. ``without`` names tensors that are left out, ``more`` holds others, and ``metadata`` more
@@ -27,14 +28,25 @@ def write_gguf(path, model, tokenizer, kind="F32", pre="gpt-2", without=(), more
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    if pre:
-        writer.add_tokenizer_pre(pre)
-    writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
-    special = set(tokenizer.all_special_ids)
-    writer.add_token_types([3 if i in special else 1 for i in range(len(vocabulary))])
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([" ".join(pair) for pair in merges])
+    special, state = (
+        set(tokenizer.all_special_ids),
+        json.loads(tokenizer.backend_tokenizer.to_str()),
+    )
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    writer.add_token_list(tokens)
+    if state["model"]["byte_fallback"]:  # SentencePiece: no merges, but a score for each token
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores([-float(index) for index in range(len(tokens))])
+        kinds = [6 if re.fullmatch("<0x..>", token) else 1 for token in tokens]
+    else:
+        writer.add_tokenizer_model("gpt2")
+        if pre:
+            writer.add_tokenizer_pre(pre)
+        writer.add_token_merges([" ".join(pair) for pair in state["model"]["merges"]])
+        kinds = [1] * len(tokens)
+    writer.add_token_types([3 if i in special else kind for i, kind in enumerate(kinds)])
+    if tokenizer.unk_token_id is not None:
+        writer.add_unk_token_id(tokenizer.unk_token_id)
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)

@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 from gguf_files import as_stored, write_gguf
+from small_tokenizers import sentencepiece
 from test_architectures import near, of_family
-from test_models import check_sentence, empty_cache, refusal  # noqa: F401
+from test_models import refusal
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from toys import GROUPED
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
@@ -83,6 +84,13 @@ def test_half_precision_is_read_as_float32_or_as_it_is_stored(tmp_path, stored, 
 
 # --- .gguf -------------------------------------------------------------------------------------
 
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache of its own for what a test unpacks."""
+    monkeypatch.setenv("LLAMA_NOTEBOOKS_CACHE", str(tmp_path / "cache"))
+
+
 TEXTS = [
     "The capital city of Latvia is Riga.",
     "Zażółć gęślą jaźń; 12 345,67",
@@ -150,7 +158,7 @@ KINDS = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gguf_file_holds_what_its_blocks_say(empty_cache, tmp_path, kind, alike):  # noqa: F811
+def test_a_gguf_file_holds_what_its_blocks_say(own_cache, tmp_path, kind, alike):
     tokenizer, tied = original("gpt-2"), kind in ("Q4_0", "BF16")
     whole = llama_for(tokenizer, tied)
     without = ["output.weight"] if tied else []
@@ -166,7 +174,7 @@ def test_a_gguf_file_holds_what_its_blocks_say(empty_cache, tmp_path, kind, alik
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
-def test_a_gguf_file_reads_a_text_as_its_own_tokenizer_does(empty_cache, tmp_path, pre):  # noqa: F811
+def test_a_gguf_file_reads_a_text_as_its_own_tokenizer_does(own_cache, tmp_path, pre):
     tokenizer = original(pre)
     if pre == "qwen2":  # from its vocabulary, by the class that its authors use
         state = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
@@ -185,7 +193,15 @@ def test_a_gguf_file_reads_a_text_as_its_own_tokenizer_does(empty_cache, tmp_pat
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
-def test_what_transformers_would_leave_out_of_a_gguf_file_is_named(empty_cache, tmp_path):  # noqa: F811
+def test_a_gguf_file_with_sentencepiece_reads_a_text_as_its_tokenizer_does(own_cache, tmp_path):
+    tokenizer = sentencepiece("metaspace")  # which of the two styles it is, no file says
+    file = write_gguf(tmp_path / "toy.gguf", llama_for(tokenizer), tokenizer)
+    again = load_model(file)[1]
+    for text in TEXTS:
+        assert again(text)["input_ids"] == tokenizer(text)["input_ids"], text
+
+
+def test_what_transformers_would_leave_out_of_a_gguf_file_is_named(own_cache, tmp_path):
     tokenizer = original("gpt-2")
     whole = llama_for(tokenizer)
 
@@ -213,7 +229,7 @@ def test_what_transformers_would_leave_out_of_a_gguf_file_is_named(empty_cache, 
     )
 
 
-def test_an_architecture_or_a_type_that_nobody_reads_is_one_sentence(empty_cache, tmp_path):  # noqa: F811
+def test_an_architecture_or_a_type_that_nobody_reads_is_one_sentence(own_cache, tmp_path):
     tokenizer = original("gpt-2")
     file = write_gguf(tmp_path / "toy.gguf", llama_for(tokenizer), tokenizer, "Q8_0")
     content = file.read_bytes()
@@ -228,7 +244,7 @@ def test_an_architecture_or_a_type_that_nobody_reads_is_one_sentence(empty_cache
     assert "200" in refusal(load_model, file)
 
 
-def test_llama_3_turns_its_angles_as_its_configuration_says(empty_cache, tmp_path):  # noqa: F811
+def test_llama_3_turns_its_angles_as_its_configuration_says(own_cache, tmp_path):
     tokenizer = original("llama-bpe")
     rope = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0}
     rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
