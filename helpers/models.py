@@ -436,7 +436,7 @@ def unpacked_gguf(file: Path) -> Path:
         _check_header(file)
         return 4 * sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
 
-    with _told(f"{file.name} cannot be unpacked"):
+    with _told(f"{file.name} cannot be unpacked", _FETCH_AGAIN):
         return _kept(f"{file.stem}-{digest[:8]}-{_UNPACKED}", "The model", room, make)
 
 
@@ -521,25 +521,27 @@ _LLAMA3 = ("llama3", "llama-v3", "llama-bpe", "tekken")  # a word that is a toke
 _COMPOSED = ("qwen2", "qwen35")  # an accent and its letter become one character
 
 
+_FETCH_AGAIN = " Fetch it again, or take the model's safetensors."
+
+
 def _unpack(work, gguf_file, name):
     """A folder of safetensors made of a .gguf file in ``work``."""
     made, file = work / "model", work / gguf_file
-    metadata = _check_header(file)
+    # dequantize=True unpacks the blocks of few bits to plain float32, once and for all
+    options: Any = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _quiet():
-        # dequantize=True unpacks the blocks of few bits to plain float32, once and for all
-        unpacked = GgufConfig(dequantize=True)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            work,
-            gguf_file=gguf_file,
-            quantization_config=unpacked,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-        _check_weights(name, model, report)
-        _check_all_was_read(name, model, metadata, GGUFReader(file).tensors)
+        with _told(f"{name} cannot be unpacked", _FETCH_AGAIN):
+            metadata = _check_header(file)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                work, gguf_file=gguf_file, **options
+            )
+            _check_weights(name, model, report)
+            _check_all_was_read(name, model, metadata, GGUFReader(file).tensors)
+            tokenizer = _gguf_tokenizer(work, gguf_file, metadata)
         model.config.name_or_path = name
-        model.save_pretrained(made)
-        _gguf_tokenizer(work, gguf_file, metadata).save_pretrained(made)
+        for part in (model, tokenizer):
+            part.save_pretrained(made)
     return made
 
 
@@ -775,11 +777,14 @@ def _told(fault, advice=""):
         raise InputError(f"{fault}: {_first_line(error)}{advice}") from error
 
 
+_folders = re.compile(r"(?<![\w:/])/(?:[^\s'\"/]+/)+")  # of this machine, which nobody need see
+
+
 def _first_line(error):
     """What an error says, as the end of a sentence."""
     if isinstance(error, KeyError):
         return f"it names {error}, which is not known."
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = _folders.sub("", (str(error).strip().splitlines() or [type(error).__name__])[0])
     return said if said.endswith(".") else f"{said}."
 
 

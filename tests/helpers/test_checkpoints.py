@@ -232,16 +232,18 @@ def test_what_transformers_would_leave_out_of_a_gguf_file_is_named(own_cache, tm
 def test_an_architecture_or_a_type_that_nobody_reads_is_one_sentence(own_cache, tmp_path):
     tokenizer = original("gpt-2")
     file = write_gguf(tmp_path / "toy.gguf", llama_for(tokenizer), tokenizer, "Q8_0")
-    content = file.read_bytes()
-    file.write_bytes(
-        content.replace(b"\x05\x00\x00\x00\x00\x00\x00\x00llama", b"\x05" + b"\0" * 7 + b"novas")
-    )
+    content, length = file.read_bytes(), b"\x05" + b"\0" * 7  # of the architecture's name
+    file.write_bytes(content.replace(length + b"llama", length + b"novas"))
     assert "novas" in refusal(load_model, file)
     name = b"blk.0.attn_q.weight"
     place = content.index(name) + len(name) + 4 + 16
     assert content[place] == 8  # the number of Q8_0
     file.write_bytes(content[:place] + b"\xc8" + content[place + 1 :])
-    assert "200" in refusal(load_model, file)
+    message = refusal(load_model, file)
+    assert "200" in message and "Fetch it again" in message
+    file.write_bytes(content.replace(length + b"llama", length + b"\xff" * 5))
+    message = refusal(load_model, file)  # the file's fault, not the cache's, and no path is told
+    assert message.startswith("toy.gguf cannot be unpacked") and str(tmp_path) not in message
 
 
 def test_llama_3_turns_its_angles_as_its_configuration_says(own_cache, tmp_path):
