@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -39,6 +40,7 @@ from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from tqdm import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -120,6 +122,7 @@ def load_model(
     with _quiet(bars=weight_bytes > 2e9):
         tokenizer = _read_tokenizer(folder, shown)
         with _told(f"{shown} cannot be loaded"):
+            _check_room(shown, loader, AutoConfig.from_pretrained(folder, **_SAFELY), folder)
             try:
                 model, report = loader.from_pretrained(
                     folder,
@@ -138,6 +141,24 @@ def load_model(
     model.offloaded = spilled
     model.name_or_path = model.config.name_or_path = shown  # no local path in reports
     return model, tokenizer
+
+
+def _check_room(shown, loader, config, source):
+    """Refuse a configuration far larger than its files: what they lack would be made, and drawn."""
+    shapes = tensor_shapes(source) if isinstance(source, Path) else source
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if layers > len(shapes):  # each has several tensors
+        raise InputError(
+            f"{shown} asks for more layers than it holds ({layers:,}): fetch it again."
+        )
+    with torch.device("meta"):
+        asked = sum(weight.numel() for weight in loader.from_config(config).parameters())
+    held = sum(math.prod(shape) for shape in shapes.values())
+    if asked > 16 * held + 1_000_000:  # one of 32 bits may hold sixteen of two
+        raise InputError(
+            f"{shown} asks for {asked:,} weights, and its files hold {held:,} numbers: fetch the "
+            "whole model again."
+        )
 
 
 def _ready(model, with_images):
@@ -532,12 +553,15 @@ def _unpack(work, gguf_file, name):
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _quiet():
         with _told(f"{name} cannot be unpacked", _FETCH_AGAIN):
-            metadata = _check_header(file)
+            metadata, tensors = _check_header(file), GGUFReader(file).tensors
+            config = AutoConfig.from_pretrained(work, gguf_file=gguf_file)
+            shapes = {tensor.name: tensor.shape.tolist() for tensor in tensors}
+            _check_room(name, AutoModelForCausalLM, config, shapes)
             model, report = AutoModelForCausalLM.from_pretrained(
                 work, gguf_file=gguf_file, **options
             )
             _check_weights(name, model, report)
-            _check_all_was_read(name, model, metadata, GGUFReader(file).tensors)
+            _check_all_was_read(name, model, metadata, tensors)
             tokenizer = _gguf_tokenizer(work, gguf_file, metadata)
         model.config.name_or_path = name
         for part in (model, tokenizer):

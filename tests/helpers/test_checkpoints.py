@@ -82,6 +82,14 @@ def test_half_precision_is_read_as_float32_or_as_it_is_stored(tmp_path, stored, 
     alike(f"{stored} as stored", found, (whole, tokenizer), tolerance)
 
 
+@pytest.mark.parametrize("change", [{"intermediate_size": 2**22}, {"num_hidden_layers": 99_999}])
+def test_a_configuration_far_larger_than_its_files_is_refused_before_it_is_made(tmp_path, change):
+    folder = save(tmp_path / "toy", *tiny_llama())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    assert refusal(load_model, folder).startswith("toy asks for ")
+
+
 # --- .gguf -------------------------------------------------------------------------------------
 
 
