@@ -173,18 +173,25 @@ def _ready(model, with_images):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes packs 4-bit weights anew for such a processor, and has no gradient there
             module.support_avx512bf16_for_cpu = False
-    if not with_images and not hasattr(model.config, "quantization_config"):
-        return model
     logits = _tried(model)  # layers of few bits fail where they are used, not where they are read
     return _text_part(model, logits) if with_images else model
 
 
 def _tried(model):
-    """The logits of a few tokens."""
+    """The logits of two short texts, of which only the last token differs, [2, 4, vocabulary]."""
     table = model.get_input_embeddings().weight
-    ids = torch.arange(min(4, len(table)), device=table.device)[None]
+    ids = torch.arange(4).repeat(2, 1) + len(table) // 2
+    ids[1, -1] += 1
     with torch.inference_mode():
-        return model(input_ids=ids, use_cache=False).logits
+        logits = model(input_ids=(ids % len(table)).to(table.device), use_cache=False).logits
+    first, second = logits[:, :-1].float()  # before the token that differs
+    rounded = logits.dtype != torch.float32 or hasattr(model.config, "quantization_config")
+    if (first - second).abs().max() > (0.1 if rounded else 1e-3) * first.std():
+        raise InputError(
+            f"A {type(model).__name__} with this configuration reads a text in both directions, so "
+            "it is no causal language model: choose one that predicts the next token."
+        )
+    return logits
 
 
 def _text_part(model, logits):

@@ -14,7 +14,7 @@ from small_tokenizers import sentencepiece
 from test_architectures import near, of_family
 from test_models import refusal
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from toys import GROUPED
+from toys import GROUPED, SHAPE
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from helpers import METHODS, ask, attribute, attribute_all, load_model, tiny_llama
@@ -379,6 +379,17 @@ def test_a_resized_table_takes_the_added_token_and_one_that_was_not_says_so(tmp_
     model, again = load_model(save(tmp_path / "long", whole, tokenizer))
     question = ask(model, again, "Riga <tool> is", target="<tool>")
     assert question.target == (len(tokenizer) - 1,)
+
+
+@pytest.mark.parametrize("name", ["BertLMHeadModel", "RobertaForCausalLM"])
+def test_a_model_that_reads_in_both_directions_is_one_sentence(tiny, tmp_path, name):
+    kind = {"BertLMHeadModel": "BertConfig", "RobertaForCausalLM": "RobertaConfig"}[name]
+    config = getattr(transformers, kind)(vocab_size=len(tiny[1]), **SHAPE)
+    model = getattr(transformers, name)(config)
+    folder = save(tmp_path / "both", model, tiny[1])
+    config.is_decoder = True
+    assert load_model(save(tmp_path / "one", getattr(transformers, name)(config), tiny[1]))
+    assert "reads a text in both directions" in refusal(load_model, folder)
 
 
 # --- models that read images too ---------------------------------------------------------------
