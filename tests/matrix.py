@@ -27,6 +27,7 @@ def pytest_terminal_summary(terminalreporter):
     rows.insert(1, ["-" * width for width in widths])
     cells = [[cell.ljust(widths[i]) for i, cell in enumerate(row)] for row in rows]
     text = families + "\n" + "".join(f"| {' | '.join(row)} |\n" for row in cells)
+    text += "\nyes: the scores of the whole model, as it should be; no: refused in a sentence\n"
     terminalreporter.write(f"\n{text}\n")
     (ROOT / "outputs").mkdir(exist_ok=True)
     (ROOT / "outputs" / "models.md").write_text(text, encoding="utf-8")
