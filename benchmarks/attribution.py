@@ -38,26 +38,12 @@ from helpers.questions import Question
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
 from machine import gradient_flops, matrix_rate, measured
 from peers.guide import compute_integrated_gradients, gradient_based_attribution
-from prompt_sets import questions
+from prompt_sets import question_of, questions
 from report import keep, table
 
 HERE = Path(__file__).parent
 # length: steps, rounds. The same work for every peer; fewer steps where one of them takes minutes.
 LENGTHS = {6: (50, 3), 35: (50, 3), 151: (50, 2), 512: (10, 2), 2048: (4, 1)}
-TEXT = HERE.parent / "LICENSE"  # long enough, and everybody has it
-
-
-def question_of(model, tokenizer, length):
-    """A question whose prompt is exactly ``length`` tokens: a stretch of the licence.
-
-    The raw logit is explained, as all peers do.
-    """
-    ids = tokenizer(TEXT.read_text(encoding="utf-8"))["input_ids"]
-    for start in range(20, 200):
-        prompt = tokenizer.decode(ids[start : start + length])
-        if tokenizer(prompt)["input_ids"] == ids[start : start + length]:
-            return ask(model, tokenizer, prompt, objective="logit")
-    raise RuntimeError(f"no stretch of {length} tokens that decodes and encodes to itself")
 
 
 # --- the peers: each a function of a loaded model that gives scores [seq] -----------------------

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
+import psutil
 import torch
 from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import align_module_device
@@ -103,6 +104,7 @@ def load_model(
     """
     if isinstance(dtype, str) and dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"dtype {dtype!r} is unknown: use float32, bfloat16, float16 or auto.")
+    whole = device_map is None and max_memory is None
     if max_memory is not None:
         device_map = device_map or "auto"
     elif device_map is None:
@@ -112,6 +114,8 @@ def load_model(
             return model.to(device_map), tokenizer
     folder, shown = resolve_model(name), public_name(name)
     weight_bytes = sum(file.stat().st_size for file in weight_files(folder))
+    if whole:
+        _refuse_what_does_not_fit(folder, shown, dtype, torch.device(device_map), weight_bytes)
     with_images = _reads_images(folder)
     loader: Any = AutoModelForImageTextToText if with_images else AutoModelForCausalLM
     options: Any = {"device_map": device_map, "max_memory": max_memory}
@@ -210,6 +214,31 @@ def _text_part(model, logits):
             "it: choose a model whose architecture ends in ForCausalLM."
         )
     return text
+
+
+def _refuse_what_does_not_fit(folder, shown, dtype, device, stored):
+    """A sentence in place of a process that is killed while it loads. Nothing is loaded for it."""
+    packed = "quantization_config" in (folder / "config.json").read_text(encoding="utf-8")
+    numbers = sum(map(math.prod, tensor_shapes(folder).values()))
+    as_stored = packed or dtype == "auto"
+    needed = stored if as_stored else numbers * getattr(torch, dtype).itemsize
+    free = free_memory(device)
+    if needed > free:
+        sizes = [tqdm.format_sizeof(some, "B") for some in (needed, free, 2 * numbers)]
+        half = f"dtype='bfloat16' ({sizes[2]}), " if not packed and 2 * numbers < needed else ""
+        raise InputError(
+            f"The weights of {shown} take {sizes[0]}, and {sizes[1]} are free on the "
+            f"{device.type}: use {half}device_map='auto', or a smaller model."
+        )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that ``device`` has free."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    free, _ = torch.accelerator.get_memory_info(device)
+    held = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    return free + held  # torch keeps what it once had and gives it out again
 
 
 def _check_weights(shown, model, report):

@@ -4,7 +4,7 @@ import errno
 import os
 import signal
 from contextlib import closing, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,11 +16,13 @@ except ModuleNotFoundError:
 import psutil
 import typer
 from tqdm import tqdm
+from typer.core import TyperGroup
 
 from helpers.attribution.methods import BUILT_IN
 from helpers.errors import InputError
 from helpers.models import BUNDLED
-from llama_reports.estimate import estimate
+from llama_reports.estimate import estimate, long_run, measure, model_shape, needs
+from llama_reports.estimate import refuse_what_does_not_fit as refuse
 from llama_reports.files import only_writer, read_mapping
 from llama_reports.gallery import write_index
 from llama_reports.jobs import DEFAULT_NOTEBOOK, finished, plan
@@ -34,23 +36,37 @@ from llama_reports.scores import (
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 NAMES = [method.name for method in BUILT_IN] + ["or one of another package"]
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+REPORTS = "reports"  # the command that needs no name
+Model = Annotated[str, typer.Option(help="Bundled, hub name, folder or .gguf.")]
+Methods = Annotated[
+    list[str] | None, typer.Option(help=f"Only this method (repeatable): {', '.join(NAMES)}.")
+]
+WeightsDtype = Annotated[Dtype, typer.Option(help="Of the weights; auto: as saved.")]
 
 
-@app.command()
+class _Commands(TyperGroup):
+    """What does not begin with the name of a command is a prompts file, or an option of a run."""
+
+    def parse_args(self, ctx, args):
+        named = args[:1] and args[0] in self.commands
+        return super().parse_args(ctx, args if named else [REPORTS, *args])
+
+
+app = typer.Typer(cls=_Commands, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(REPORTS)
 def main_command(
     prompts: Annotated[
         Path, typer.Argument(help="Prompts: .yml, .csv, .jsonl or .parquet.", metavar="PROMPTS")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the reports.")] = Path("outputs/reports"),
-    model: Annotated[str, typer.Option(help="Bundled, hub name, folder or .gguf.")] = BUNDLED,
+    model: Model = BUNDLED,
     notebook: Annotated[
         str, typer.Option(help="Notebook to run: a name, or a path to an .ipynb file.")
     ] = DEFAULT_NOTEBOOK,
-    method: Annotated[
-        list[str] | None, typer.Option(help=f"Only this method (repeatable): {', '.join(NAMES)}.")
-    ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as saved.")] = "float32",
+    method: Methods = None,
+    dtype: WeightsDtype = "float32",
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes of a Dask cluster here; 0: as many as fit.")
     ] = None,
@@ -76,6 +92,9 @@ def main_command(
     where it was. A report that fails is kept and listed, the others go on, and the exit status is
     1. With --scores-only no report is written: scores and evidence go to Parquet files, as
     docs/scores.md describes.
+
+    "llama-reports plan --help" tells of the command that plans: what methods take on a prompt of
+    some length, in time and memory. A prompts file of that name is ./plan.
     """
     # what batch systems and containers send first
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -84,16 +103,25 @@ def main_command(
             raise InputError("--workers starts a cluster and --scheduler joins one: give one.")
         options: dict[str, Any] = {"model": model, "notebook": notebook, "dtype": dtype}
         jobs = plan(prompts, out=out, folders=not scores_only, methods=method or (), **options)
-        planned = partial(estimate, jobs, out, threads=threads, scores_only=scores_only)
-        if scores_only and (dry_run or workers == 0):
-            scored = finished_ids(out)
-            planned = partial(planned, done=lambda job: job.identity in scored)
+        scored = cache(finished_ids)  # looked up where it is asked for
+        done = (
+            (lambda job: job.identity in scored(out)) if scores_only else partial(finished, out=out)
+        )
+        given: dict[str, Any] = {"scores_only": scores_only, "done": done}
+        planned = partial(estimate, jobs, out, threads=threads, **given)
         if workers == 0:
             fit = int(0.8 * psutil.virtual_memory().available / max(1, planned(workers=1).memory))
             workers = max(1, min(len(os.sched_getaffinity(0)) // threads, fit, len(jobs)))
         if dry_run:
             typer.echo(planned(workers=workers or 1).text)
+        if scheduler is None:  # else the memory is that of other machines
+            refuse(jobs, workers=workers or 1, **given)
+        if dry_run:
             return
+        if scheduler is None:
+            told = long_run(jobs, out, threads=threads, workers=workers or 1, **given)
+            if told:
+                typer.echo(told, err=True)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for the kernels, and a cluster of our own
         run = _score_all if scores_only else _report_all
         with only_writer(out):
@@ -107,6 +135,30 @@ def main_command(
         raise typer.Exit(2) from None
     if failed:
         raise typer.Exit(1)
+
+
+@app.command("plan")
+def plan_command(
+    tokens: Annotated[list[int], typer.Option(help="Length of a prompt in tokens (repeatable).")],
+    model: Model = BUNDLED,
+    method: Methods = None,
+    dtype: WeightsDtype = "float32",
+    threads: Annotated[int, typer.Option(min=1, help="Threads that compute.")] = 1,
+) -> None:
+    """Say what methods take on a prompt of so many tokens: rows, seconds and memory, by part.
+
+    Nothing is loaded: sizes are read off the headers of the model's files, and the speed of this
+    machine is measured in about a second. Each method has what a report's budget gives it. Memory
+    is that of one process which does nothing else; seconds are after a first call, without loading.
+    """
+    try:
+        machine = measure(model_shape(model, dtype), dtype, threads)
+        options: dict[str, Any] = {"dtype": dtype, "machine": machine}
+        found = [needs(model, length, method, **options) for length in tokens]
+    except (InputError, OSError) as error:
+        typer.echo(f"Error: {_told(error, model)}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo("\n\n".join([found[0].heading, *(need.text for need in found)]))
 
 
 def _told(error, out):

@@ -2,28 +2,47 @@
 
 Each method's record says how many rows a prompt takes. A row takes its floating point operations at
 the rate of this machine's matrix products, the weights read once a pass at the speed of its memory,
-and a fixed time a layer. The three are measured in about half a second; no weights are loaded.
+a fixed time a layer, and what is computed number by number the time of that. All of it is measured
+in about a second; no weights are loaded. What is held is counted from the same rows.
 """
 
 import math
+import re
+import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 from transformers import AutoConfig
 
 from helpers.attribution import BUDGET, METHODS, Price
-from helpers.attribution.engine import FULL_PASS, TOKENS_PER_BATCH, gradient_bytes
-from helpers.models import public_name, resolve_model, tensor_shapes, tiny_llama
+from helpers.attribution.engine import (
+    FULL_PASS,
+    LOGITS_AT_ONCE,
+    TOKENS_PER_BATCH,
+    gradient_bytes,
+)
+from helpers.errors import InputError
+from helpers.models import (
+    BUNDLED,
+    free_memory,
+    public_name,
+    resolve_model,
+    tensor_shapes,
+    tiny_llama,
+    weight_files,
+)
 from llama_reports.files import read_mapping
 from llama_reports.jobs import DEFAULT_NOTEBOOK, Job, Plan, finished
 from llama_reports.scores import DEFAULT_METHODS, WINDOW
@@ -37,39 +56,97 @@ ROUNDS = 6  # of passes in which a method of many gradients asks for them
 ERASED = 0.85  # of a row is run where some units are erased at random
 EFFICIENCY = 0.85  # of the rate of matrix products, over all that a pass does
 READING = 0.5  # of the speed at which one large matrix is read, over the weights of all layers
+MAP = 6, 3  # passes over an attention map, and over what ALTI moves: in a cache, and beyond
+IN_CACHE = 2**23  # numbers that the C library keeps for the next tensor; larger ones are new pages
+VECTORS = 2**24  # numbers of what ALTI moves that it forms at a time, in three copies
 START = 5.0  # seconds until a worker has imported everything and has the model
 FIXED = 2.5, 0.08  # seconds of a report beside the model's, and those a token: figures, pages
 DISK = 1_450_000, 75_000  # bytes of a report's folder, and those a token
 SCORE = 16  # bytes of a score on disk, and of what stands beside it
 PROCESS = 600_000_000  # bytes of a process that has imported everything, without a model
+PYTHON = 405_000_000, 1200  # of one that has imported helpers alone, and those a token it knows
+LOOKED_THROUGH = 3  # bytes a number, beside its absolute value: is it finite?
+PARTS = ("way back", "passing by", "maps", "logits")  # of a method's memory
+LONG = 3600.0  # seconds from which on a run says how long it will take
+MARGIN = 1.25  # by which the memory may be wrong, as measured: see benchmarks/planner.py
+FAST = 1e12, 1e11, 1e-5, 1e10, 1e10  # a machine beside which this one is slow
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama-like model; ``itemsize`` is in bytes a weight."""
+    """The sizes of a causal language model, and its numbers as the headers of its files say.
+
+    ``layer_weights`` are those in a layer's matrices that a token goes through: of experts, those
+    that it is sent to. ``output_layer`` is 0 where it is the table of embeddings. ``itemsize`` is
+    in bytes a number, ``stored`` in bytes.
+    """
 
     layers: int
     width: int
-    feed_forward: int
     heads: int
     key_value_heads: int
     head_dim: int
     vocabulary: int
-    itemsize: int = 4
+    layer_weights: float
+    parameters: int
+    embeddings: int
+    output_layer: int
+    stored: int
+    itemsize: float = 4
 
     @property
-    def layer_weights(self) -> int:
-        """The numbers in a layer's matrices."""
-        queries, keys = self.heads * self.head_dim, self.key_value_heads * self.head_dim
-        return self.width * (2 * queries + 2 * keys + 3 * self.feed_forward)
+    def feed_forward(self) -> int:
+        """The width of the feed-forward, as if it had three matrices."""
+        attention = 2 * self.head_dim * (self.heads + self.key_value_heads)
+        return max(1, round((self.layer_weights / self.width - attention) / 3))
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all weights in memory."""
+        return int(self.parameters * self.itemsize)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether weights are as they are stored, so that processes share the pages of the file."""
+        return 0.75 < self.stored / self.weights < 1.5
+
+    @property
+    def loading(self) -> int:
+        """Bytes that loading takes for a while beside the weights.
+
+        The file, where it is converted; then a large tensor is looked through.
+        """
+        last = self.output_layer if self.mapped else self.embeddings
+        looked_through = int((self.itemsize + LOOKED_THROUGH) * last)
+        return max(looked_through, 0 if self.mapped else self.stored)
+
+    def token(self, kind: str) -> int:
+        """Bytes that a token takes in a pass that keeps a ``"gradient"``, or only goes ``"by"``.
+
+        Or as ``"keys"`` and values of all layers.
+        """
+        if kind == "keys":
+            return int(2 * self.layers * self.key_value_heads * self.head_dim * self.itemsize)
+        if kind == "by":
+            return int(1.25 * self.itemsize * (8 * self.width + 4 * self.feed_forward))
+        config = {"hidden_size": self.width, "intermediate_size": self.feed_forward}
+        config["num_hidden_layers"] = self.layers
+        return gradient_bytes(SimpleNamespace(config=SimpleNamespace(**config)))
 
 
-def work(flops: float = 0.0, forwards: float = 0.0, gradients: float = 0.0) -> np.ndarray:
-    """What is asked of a machine: operations, and passes through the model by their kind, [3].
+def work(
+    flops: float = 0.0,
+    forwards: float = 0.0,
+    gradients: float = 0.0,
+    near: float = 0.0,
+    far: float = 0.0,
+) -> np.ndarray:
+    """What is asked of a machine: operations, passes through the model, single numbers, [5].
 
-    A gradient is one forward and one backward pass.
+    A gradient is one forward and one backward pass. Numbers are computed one by one, ``near`` in
+    tensors that fit a cache, ``far`` in larger ones.
     """
-    return np.array([flops, forwards, gradients], dtype=float)
+    return np.array([flops, forwards, gradients, near, far], dtype=float)
 
 
 class Size(NamedTuple):
@@ -87,27 +164,120 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """Operations a second in matrix products, bytes a second from memory, and seconds a layer."""
+    """Operations a second in matrix products, bytes a second from memory, and seconds a layer.
+
+    ``near`` and ``far`` are numbers a second of a softmax, in a small tensor and in a large one.
+    """
 
     flops: float
     bandwidth: float
     overhead: float
+    near: float
+    far: float
 
     def seconds(self, work: np.ndarray, shape: Shape) -> float:
-        flops, forwards, gradients = work.tolist()
+        flops, forwards, gradients, near, far = work.tolist()
         weights = shape.layers * shape.layer_weights + shape.width * shape.vocabulary
         return (
             flops / self.flops / EFFICIENCY
             + (forwards + 2 * gradients) * weights * shape.itemsize / self.bandwidth / READING
             + (forwards + 3 * gradients) * shape.layers * self.overhead
+            + near / self.near
+            + far / self.far
         )
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one method takes on one prompt.
+
+    ``gradients`` and ``forwards`` are rows, ``seconds`` of one thread's processor or as many as
+    were asked for, ``memory`` the bytes of a process that does nothing else, by part; ``least`` is
+    the sum of them with one row a pass, which is what it comes down to where memory is short.
+    """
+
+    gradients: float
+    forwards: float
+    seconds: float
+    memory: dict[str, int]
+    least: int
+
+    @property
+    def peak(self) -> int:
+        """All parts of the memory."""
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What methods take on one prompt of so many tokens: a ``Need`` a method.
+
+    It is ``None`` for a method that the budget leaves out. In bytes, ``before`` is what is held
+    before any method runs, by part, ``loading`` the most that is held while the model is loaded,
+    and ``free`` what the machine has. ``heading`` and ``text`` are what ``plan`` prints.
+    """
+
+    model: str
+    tokens: int
+    dtype: str
+    shape: Shape
+    machine: Machine
+    methods: dict[str, Need | None]
+    before: dict[str, int]
+    loading: int
+    free: int
+
+    @property
+    def seconds(self) -> float:
+        """Of all methods, one after the other."""
+        return sum(need.seconds for need in self.methods.values() if need)
+
+    @property
+    def peak(self) -> int:
+        """The most that a process holds that loads the model and runs the methods in turn."""
+        return max([self.loading, *(need.peak for need in self.methods.values() if need)])
+
+    @property
+    def too_large(self) -> list[str]:
+        """The methods that what is free has no room for, the planner's own error granted."""
+        needs = self.methods.items()
+        return [name for name, need in needs if need and need.least > MARGIN * self.free]
+
+    @property
+    def heading(self) -> str:
+        parts = ", ".join(f"{part} {_bytes(held)}" for part, held in self.before.items() if held)
+        return (
+            f"{self.model}: {self.shape.parameters:,} parameters in {self.dtype}.\n"
+            f"Memory before a method runs: {_bytes(sum(self.before.values()))} ({parts}); while "
+            f"loading {_bytes(self.loading)}; {_bytes(self.free)} are free.\n"
+            f"Basis: {_rates(self.machine)}"
+        )
+
+    @property
+    def text(self) -> str:
+        rows = {}
+        for name, need in self.methods.items():
+            if need is None:
+                rows[name] = ["more than a report's budget"]
+                continue
+            counts = (f"{count:,.0f}" for count in (need.gradients, need.forwards))
+            parts = (_bytes(need.memory[part]) for part in PARTS)
+            rows[name] = [*counts, f"{need.seconds:,.1f}", *parts, _bytes(need.peak)]
+        columns = ["gradients", "rows", "seconds", *PARTS, "memory in all"]
+        table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).fillna("")
+        lines = [table.rename_axis(columns=f"{self.tokens:,} tokens").to_string()]
+        if self.too_large:
+            names, free = ", ".join(self.too_large), _bytes(self.free)
+            lines.append(f"No room in the {free} that are free, not even row by row: {names}.")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Estimate:
     """What a plan takes. ``seconds`` of a clock on the wall, ``memory`` and ``disk`` in bytes.
 
-    ``memory`` is the most that all processes hold together. ``first`` are the names of the first
+    ``memory`` is the most that all processes hold together, on the accelerator where there is one.
+    ``first`` are the names of the first
     reports to run, ``replaced`` counts those that take the place of another question's, ``basis``
     is in words what all of this rests on, and ``text`` is what ``--dry-run`` prints.
     """
@@ -134,7 +304,7 @@ class Estimate:
         if self.replaced:
             lines.append(f"{self.replaced:,} of another question under the same id: replaced.")
         if self.to_run:
-            memory, disk = (tqdm.format_sizeof(some, "B") for some in (self.memory, self.disk))
+            memory, disk = _bytes(self.memory), _bytes(self.disk)
             lines.append(
                 f"About {_duration(self.seconds)} with {_count(self.workers, 'worker')}; at most "
                 f"{memory} of memory; {disk} of disk."
@@ -184,6 +354,149 @@ def estimate(
     )
 
 
+def needs(
+    model: str | Path = BUNDLED,
+    tokens: int = 100,
+    methods: Iterable[str] | None = None,
+    *,
+    units: int | None = None,
+    outputs: int = 1,
+    dtype: str = "float32",
+    threads: int = 1,
+    machine: Machine | None = None,
+) -> Needs:
+    """What ``methods`` (all by default) take on a prompt of ``tokens``; no weights are loaded.
+
+    ``units`` is the number of scores, that of tokens by default, and ``outputs`` that of tokens
+    explained. Each method has the options that a report's budget gives it. ``machine`` is measured
+    here, in about a second, unless it is given. Time is after a first call, without loading.
+    Returns ``Needs``. Raises ``InputError`` for no tokens, or more than the model reads.
+    """
+    context = getattr(_config(model), "max_position_embeddings", None) or math.inf
+    if not 1 <= tokens <= context:
+        raise InputError(f"{public_name(model)} reads 1 to {context:,} tokens, not {tokens:,}.")
+    shape = model_shape(model, dtype)
+    machine = machine or measure(shape, dtype, threads)
+    size = Size(tokens, min(units or tokens, tokens), outputs)
+    before = {
+        "layers": shape.weights - int((shape.embeddings + shape.output_layer) * shape.itemsize),
+        "embeddings": int(shape.embeddings * shape.itemsize),
+        "output layer": int(shape.output_layer * shape.itemsize),
+        "Python": PYTHON[0] + PYTHON[1] * shape.vocabulary,
+    }
+    base = sum(before.values())
+    found: dict[str, Need | None] = {}
+    for name in methods or METHODS:
+        options = METHODS[name].options(size.units, size.length, BUDGET)
+        found[name] = None
+        if options is not None:
+            price = METHODS[name].price(size.units, size.length, options)
+            found[name] = Need(
+                price.gradients,
+                price.forwards,
+                machine.seconds(priced(shape, price, size), shape),
+                before | memory(shape, price, size),
+                base + sum(memory(shape, price, size, least=True).values()),
+            )
+    loading = base + shape.loading
+    return Needs(public_name(model), tokens, dtype, shape, machine, found, before, loading, free())
+
+
+def long_run(
+    plan: Plan,
+    out: str | Path,
+    *,
+    threads: int = 1,
+    done: Callable[[Job], bool] | None = None,
+    **options: Any,
+) -> str | None:
+    """A sentence about a run of more than an hour, else ``None``; all is as in ``estimate``.
+
+    What cannot take a minute on a fast machine is not estimated, and what is finished is looked up
+    only where all of it would take an hour.
+    """
+    if estimate(plan, machine=Machine(*FAST), **options).seconds < 60:
+        return None
+    machine = measure(model_shape(plan.model, plan.dtype), plan.dtype, threads)
+    if estimate(plan, machine=machine, **options).seconds < LONG:
+        return None
+    seconds = estimate(plan, out, machine=machine, done=done, **options).seconds
+    if seconds < LONG:
+        return None
+    return f"This will take about {_duration(seconds)}: --dry-run tells more."
+
+
+def refuse_what_does_not_fit(
+    plan: Plan,
+    *,
+    workers: int = 1,
+    scores_only: bool = False,
+    done: Callable[[Job], bool] | None = None,
+) -> None:
+    """Raise ``InputError`` where a run has no room even with one row a pass; nothing is loaded.
+
+    The sentence says what would fit. The planner's own error is granted: what needs more than is
+    free by less than that is let through. ``done`` is as in ``estimate``, asked only where it may
+    make a difference.
+    """
+    shape, there_is = model_shape(plan.model, plan.dtype), free()
+    everything = np.ones(len(plan), bool)
+
+    def needed(left):
+        return _memory(plan, shape, left, scores_only, min(workers, left.sum()), least=True)
+
+    if not len(plan) or needed(everything) <= MARGIN * there_is:
+        return
+    left = everything if done is None else np.array([not done(job) for job in plan])
+    if needed(left) > MARGIN * there_is:
+        raise InputError(_what_would_fit(plan, shape, left, scores_only, workers, there_is))
+
+
+def _what_would_fit(plan, shape, left, scores_only, workers, there_is):
+    """What a run needs, what there is, and each way by itself that would make it fit."""
+    asked = _longest(plan, left, scores_only)
+    methods, size = max(asked, key=lambda asked: _most(shape, *asked, least=True))
+    workers = min(workers, int(left.sum()))
+
+    def need(shape=shape, methods=methods, size=size, workers=workers):
+        return _processes(shape, _most(shape, methods, size, least=True), scores_only, workers)
+
+    ways = []
+    fewer = [n for n in range(1, workers) if need(workers=n) <= there_is]
+    if fewer:
+        ways.append(_count(fewer[-1], "worker"))
+    if plan.dtype == "float32" and need(replace(shape, itemsize=2)) <= there_is:
+        ways.append("--dtype bfloat16")
+    small = [name for name in methods if need(methods=[name]) <= there_is]
+    if small:
+        ways.append(f"--method {' or '.join(small)} alone")
+    shorter = bisect_right(
+        range(1, size.tokens),
+        there_is,
+        key=lambda tokens: need(size=Size(tokens, min(size.units, tokens), size.outputs)),
+    )
+    if shorter:
+        ways.append(f"prompts of at most {shorter:,} tokens (there is one of {size.tokens:,})")
+    return (
+        f"About {_bytes(need())} of memory are needed and {_bytes(there_is)} are free, so nothing "
+        f"was started; what would fit: {', or '.join(ways) or 'a smaller model'}."
+    )
+
+
+def free() -> int:
+    """Bytes that a run may take on the accelerator, or where there is none, of this machine.
+
+    A control group may allow a process less than the machine has; psutil does not look there.
+    """
+    device = _device()
+    if device.type != "cpu":
+        return free_memory(device)
+    from distributed.system import memory_limit  # takes a while to import
+
+    held = psutil.Process().memory_info().rss
+    return max(0, min(free_memory(device), memory_limit() - held))
+
+
 def _left(plan, done):
     """Which jobs are to run, bool [jobs], and the names of the first of them."""
     left, first = np.ones(len(plan), bool), []
@@ -200,19 +513,53 @@ def _left(plan, done):
 
 
 def model_shape(model: str | Path, dtype: str = "float32") -> Shape:
-    """The ``Shape`` of a model, from its configuration alone."""
-    config = _config(model)
-    heads = config.num_attention_heads
+    """The ``Shape`` of a model, from its configuration and the headers of its files alone.
+
+    Of a checkpoint whose numbers are packed the headers count what they are packed in.
+    """
+    config, tensors = _config(model), tensor_shapes(model)
+    heads, vocabulary = config.num_attention_heads, config.vocab_size
+    numbers = {name: math.prod(shape) for name, shape in tensors.items() if len(shape) < 4}
+    tables = [  # of a vocabulary: the embeddings, and the output layer where it is another
+        numbers[name]
+        for name, shape in tensors.items()
+        if len(shape) == 2 and shape[0] == vocabulary and not _LAYER.search(name)
+    ]
+    tied = getattr(config, "tie_word_embeddings", False)
+    parameters = sum(numbers.values()) - (sum(tables[1:]) if tied else 0)
+    stored = sum(file.stat().st_size for file in weight_files(resolve_model(model)))
+    packed = getattr(config, "quantization_config", None)
+    active = sum(
+        numbers[name] * _share(config, name)
+        for name, shape in tensors.items()
+        if len(shape) in (2, 3) and _LAYER.search(name)
+    )
     return Shape(
         layers=config.num_hidden_layers,
         width=config.hidden_size,
-        feed_forward=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         heads=heads,
         key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        vocabulary=config.vocab_size,
-        itemsize=_dtype(config, dtype).itemsize,
+        vocabulary=vocabulary,
+        layer_weights=active / config.num_hidden_layers,
+        parameters=parameters,
+        embeddings=sum(tables[:1]),
+        output_layer=0 if tied else sum(tables[1:]),
+        stored=stored,
+        itemsize=stored / parameters if packed else _dtype(config, dtype).itemsize,
     )
+
+
+_LAYER = re.compile(r"(^|\.)\d+\.")  # in a tensor's name: the number of its layer
+
+
+def _share(config, name):
+    """Which part of a tensor a token goes through: of experts, as many as it is sent to."""
+    if not re.search(r"(^|\.)experts\.", name):
+        return 1.0
+    counts = ("num_local_experts", "num_experts", "n_routed_experts")
+    there = next((n for n in (getattr(config, count, None) for count in counts) if n), 1)
+    return min(1.0, getattr(config, "num_experts_per_tok", there) / there)
 
 
 def _config(model):
@@ -227,19 +574,23 @@ def _dtype(config, dtype):
 
 
 def measure(shape: Shape, dtype: str = "float32", threads: int = 1) -> Machine:
-    """The ``Machine`` that this one is, for matrices of ``shape``; takes about half a second."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """The ``Machine`` that this one is, for matrices of ``shape``; takes about a second."""
+    device = _device()
     kind = _dtype(None, "float32" if dtype == "auto" else dtype)
     inner, outer = min(shape.width, 1024), min(shape.feed_forward, 4096)
     rows, weight = (torch.ones(n, inner, dtype=kind, device=device) for n in (512, outer))
     large = torch.ones(4096, 4096, dtype=kind, device=device)  # larger than a cache
+    numbers = torch.ones(4096, 4096, device=device)
     toy = tiny_llama()[0].to(device)  # so small that nothing of its time is arithmetic
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
 
     def seconds(code):
         names = {"rows": rows, "weight": weight, "large": large, "toy": toy, "token": token}
+        names["numbers"] = numbers
         names["linear"] = torch.nn.functional.linear
-        timer = Timer(code, globals=names, num_threads=threads)
+        # of one thread its processor's time, which others on the machine hardly change
+        clock = {"timer": time.process_time} if threads == 1 and device.type == "cpu" else {}
+        timer = Timer(code, globals=names, num_threads=threads, **clock)
         with torch.inference_mode():
             return timer.blocked_autorange(min_run_time=0.1).median
 
@@ -247,7 +598,13 @@ def measure(shape: Shape, dtype: str = "float32", threads: int = 1) -> Machine:
         flops=2 * rows.numel() * outer / seconds("linear(rows, weight)"),
         bandwidth=large.nbytes / seconds("linear(large[:1], large)"),
         overhead=seconds("toy(token, use_cache=False)") / TOY_LAYERS,
+        near=numbers[:256].numel() / seconds("numbers[:256].softmax(dim=-1)"),
+        far=numbers.numel() / seconds("numbers.softmax(dim=-1)"),
     )
+
+
+def _device():
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 # --- what methods ask of it --------------------------------------------------------------------
@@ -280,7 +637,7 @@ def gradient(shape: Shape, rows: float, seq: int, outputs: int = 1) -> np.ndarra
 
     As many products go back, and of attention twice as many.
     """
-    flops, passes, _ = forward(shape, rows, seq, outputs=outputs)
+    flops, passes, *_ = forward(shape, rows, seq, outputs=outputs)
     attention = rows * shape.layers * 4 * shape.heads * shape.head_dim * seq * (seq + 1) / 2
     return work(2 * flops + attention, gradients=passes)
 
@@ -291,11 +648,29 @@ def priced(shape: Shape, price: Price, size: Size, rows: int = 1) -> np.ndarray:
     if price.gradients:
         found += gradient(shape, rows * price.gradients, seq, size.outputs)
         found += work(gradients=ROUNDS * (price.gradients > 1))
-    if price.forwards:  # variants that share a beginning go through in smaller passes
-        at_once = TOKENS_PER_BATCH["cpu"] if price.share == 1 else FULL_PASS
-        first = seq * (1 - price.share)
-        found += forward(shape, rows * price.forwards, seq, first, at_once, size.outputs)
+    if price.forwards and price.share < 1:  # variants that share a beginning, in smaller passes
+        together = FULL_PASS // seq  # rows that begin where the first of them does
+        shared = (1 - price.share) * (1 - min(1, together / (rows * price.forwards)))
+        found += forward(
+            shape, rows * price.forwards, seq, seq * shared, FULL_PASS, size.outputs
+        ) + work(forwards=1)
+    elif price.forwards:
+        at_once = seq if price.vectors else TOKENS_PER_BATCH["cpu"]
+        found += forward(shape, rows * price.forwards, seq, 0, at_once, size.outputs)
+    layers = rows * shape.layers
+    if price.maps:  # queries by keys, and the map by what flowed in before
+        operations = 2 * shape.heads * shape.head_dim * seq**2 + 2 * seq**3
+        found += work(layers * operations) + _one_by_one(layers, shape.heads * seq**2)
+    if price.vectors:
+        operations = 2 * shape.heads * shape.width * seq**2
+        found += work(layers * operations) + _one_by_one(layers, shape.width * seq**2)
     return found
+
+
+def _one_by_one(times, numbers):
+    """The ``work`` of tensors of so many numbers that are computed one by one."""
+    near = numbers <= IN_CACHE
+    return work(**{"near" if near else "far": times * numbers * MAP[0 if near else 1]})
 
 
 def methods_work(shape: Shape, size: Size, methods: Iterable[str], rows: int = 1) -> np.ndarray:
@@ -357,10 +732,7 @@ def _seconds_of_jobs(plan, shape, machine, left, corrections):
 
 def _basis(machine, corrections):
     """What the seconds rest on, in words."""
-    basis = [
-        f"the methods' rows by token counts, and this machine's {machine.flops / 1e9:,.0f} GFLOP/s "
-        f"and {machine.bandwidth / 1e9:,.1f} GB/s a worker, measured now."
-    ]
+    basis = [_rates(machine)]
     for notebook, (factor, reports) in corrections.items():
         if reports:
             took = f"by what {_count(reports, 'report')} of it took"
@@ -369,6 +741,13 @@ def _basis(machine, corrections):
             until = f"until {ENOUGH} of its reports are finished"
             basis.append(f"{notebook} is counted as {DEFAULT_NOTEBOOK}, {until}.")
     return " ".join(basis)
+
+
+def _rates(machine):
+    return (
+        f"the methods' rows by token counts, and this machine's {machine.flops / 1e9:,.0f} GFLOP/s "
+        f"and {machine.bandwidth / 1e9:,.1f} GB/s a worker, measured now."
+    )
 
 
 def _report_seconds(shape, machine, size, methods):
@@ -406,23 +785,89 @@ def _methods_of(folder):
 # --- memory and disk ---------------------------------------------------------------------------
 
 
-def _memory(plan, shape, left, scores_only, workers):
-    """Bytes that this process and its workers hold at most: weights, one full pass, and Python."""
-    per_token = gradient_bytes(SimpleNamespace(config=_config(plan.model)))
+def memory(
+    shape: Shape, price: Price, size: Size, rows: int = 1, *, least: bool = False
+) -> dict[str, int]:
+    """Bytes that a method with this ``Price`` holds at most, beside weights and Python, by part.
+
+    That is for ``rows`` prompts together. ``"way back"`` is what a pass keeps until its gradient
+    is there, ``"passing by"`` what a pass forward holds, keys and values with it.
+    ``least`` counts one row a pass, to which the engine comes down where memory is short.
+    """
+    seq, numbers = size.length, shape.heads * size.length**2
+    most, rows = TOKENS_PER_BATCH["cpu"], 1 if least else rows
+    kept = by = maps = 0
+    if price.gradients:
+        points = price.gradients / (ROUNDS if price.gradients > 1 else 1)
+        at_once = 1 if least else max(1, min(rows * math.ceil(points), most // seq))
+        kept = at_once * seq * price.kept * shape.token("gradient")
+    if price.forwards and price.share < 1:
+        at_once = 1 if least else max(1, min(FULL_PASS // seq, math.ceil(price.forwards)))
+        # the fewer tokens are left to a variant, the more variants share one copy of a text each
+        copies = 1 if least else min(math.isqrt(FULL_PASS), math.ceil(price.forwards), seq)
+        by = at_once * seq * shape.token("by") + (rows + copies) * seq * shape.token("keys")
+    elif price.forwards:
+        at_once = 1 if price.vectors else max(1, min(rows, most // seq))
+        by = at_once * seq * shape.token("by")
+    if price.maps:
+        maps += numbers * 4 * 3  # of one text: queries by keys, without what is not seen, softmax
+        maps += (rows * 3 + 1) * seq**2 * 4
+    if price.maps == math.inf:
+        layer = numbers + seq * (2 * shape.width + shape.key_value_heads * shape.head_dim)
+        maps += 4 * layer * (shape.layers - 1)
+    if price.vectors:
+        maps += 3 * 4 * max(min(VECTORS, seq**2 * shape.width), seq * shape.width)
+        maps += 4 * shape.heads * seq * shape.width
+    logits = 2 * min(LOGITS_AT_ONCE["cpu"], rows * size.outputs * shape.vocabulary) * 4
+    held = kept, by, maps, logits
+    return {part: int(bytes_) for part, bytes_ in zip(PARTS, held, strict=True)}
+
+
+def _most(shape, methods, size, rows=1, least=False):
+    """Bytes that the most demanding of some methods holds on prompts of one size."""
+    found = 0
+    for name in methods:
+        options = METHODS[name].options(size.units, size.length, BUDGET)
+        if options is not None:
+            price = METHODS[name].price(size.units, size.length, options)
+            found = max(found, sum(memory(shape, price, size, rows, least=least).values()))
+    if "relevance" in methods and {"saliency", "gradient_x_input"} & {*methods} and least:
+        found += size.length * shape.token("gradient")  # two ways back from one pass
+    return found
+
+
+def _memory(plan, shape, left, scores_only, workers, least=False):
+    """Bytes that this process and its workers hold at most: weights, the largest pass, Python.
+
+    ``least`` is with one row a pass, and of the longest prompts alone.
+    """
     most = 0
+    for methods, size in _longest(plan, left, scores_only, every=not least):
+        rows = max(1, TOKENS_PER_BATCH["cpu"] // size.length) if scores_only else 1
+        most = max(most, _most(shape, methods, size, rows, least))
+    return _processes(shape, most, scores_only, workers)
+
+
+def _longest(plan, left, scores_only, every=False):
+    """``(methods, size)`` of the longest prompts that are left, or of every size there is."""
+    found = []
     for kind, (_, methods) in enumerate(plan.asked):
-        seqs = np.unique(plan.tokens[left & (plan.kinds == kind)]).astype(np.int64)
-        many = scores_only or not methods or any(_many_gradients(name) for name in methods)
-        rows = np.maximum(1, TOKENS_PER_BATCH["cpu"] // seqs) if many else 1
-        most = max(most, int((rows * seqs).max(initial=0)))
-    weights = _parameters(plan.model) * shape.itemsize
-    return PROCESS + workers * (PROCESS + weights + most * per_token)
+        methods = sorted(methods or (DEFAULT_METHODS if scores_only else METHODS))
+        there = left & (plan.kinds == kind)
+        facts = np.stack([plan.tokens, plan.units, plan.outputs])[:, there]
+        if facts.size:
+            sizes = np.unique(facts, axis=1) if every else facts.max(axis=1, keepdims=True)
+            found += [(methods, Size(*size)) for size in sizes.T.tolist()]
+    return found
 
 
-def _many_gradients(name):
-    """Whether a method asks for the gradients of many rows together."""
-    options = METHODS[name].options(8, 8, BUDGET)
-    return options is not None and METHODS[name].price(8, 8, options).gradients > 1
+def _processes(shape, most, scores_only, workers):
+    """Bytes of all processes, each of which holds ``most`` at its worst moment."""
+    if _device().type != "cpu":  # which the accelerator holds
+        return workers * (shape.weights + most)
+    alone = scores_only and workers == 1  # in this very process
+    weights = shape.weights * (1 if shape.mapped else workers)
+    return weights + (0 if alone else PROCESS) + workers * (PROCESS + most)
 
 
 def _disk(plan, left, scores_only):
@@ -433,12 +878,11 @@ def _disk(plan, left, scores_only):
     return int(SCORE * (units * methods[plan.kinds[left]]).sum())
 
 
-def _parameters(model):
-    """The numbers in a model's weights, read off the headers of its files."""
-    return sum(math.prod(shape) for shape in tensor_shapes(model).values())
-
-
 # --- in words ----------------------------------------------------------------------------------
+
+
+def _bytes(number):
+    return tqdm.format_sizeof(number, "B")
 
 
 def _count(number, noun):

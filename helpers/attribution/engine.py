@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import psutil
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from transformers import (
 
 from helpers.architectures import body_of, pointwise_after_last_attention, stack_of
 from helpers.errors import InputError
+from helpers.models import free_memory
 from helpers.prompts import Unit
 from helpers.questions import Facts, Question, read_facts
 
@@ -803,26 +803,18 @@ def vocabularies_at_once(model: Any, outputs: int) -> int:
     return max(1, most // (outputs * len(table)))
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that ``device`` has free."""
-    if device.type == "cpu":
-        return psutil.virtual_memory().available
-    free, _ = torch.accelerator.get_memory_info(device)
-    held = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
-    return free + held  # torch keeps what it once had and gives it out again
-
-
 def gradient_bytes(model: Any) -> int:
     """Bytes a token keeps between the forward and the backward pass through frozen weights.
 
     Per layer: 8 vectors of the model's width (both norms' inputs and outputs, queries, keys,
-    values, the heads' output) and 3 of the feed-forward's; a quarter more for what comes and goes.
+    values, the heads' output) and 3 of the feed-forward's; a little more for what comes and goes.
     """
     config = getattr(model.config, "get_text_config", lambda: model.config)()
-    if not hasattr(config, "intermediate_size"):
+    if not hasattr(config, "hidden_size"):
         return 1
-    floats = 8 * config.hidden_size + 3 * config.intermediate_size
-    return int(1.25 * 4 * config.num_hidden_layers * floats)
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    floats = 8 * config.hidden_size + 3 * inner
+    return int(1.05 * 4 * config.num_hidden_layers * floats)
 
 
 def in_batches(model: Any, run: Callable, items: Any, seq: int, most: int | None = None) -> list:

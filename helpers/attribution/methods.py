@@ -1,5 +1,6 @@
 """The methods: each one says all about itself in one record."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,12 +27,18 @@ class Price:
     """Rows that a method runs: with a gradient, or only forward.
 
     ``share`` is the part of a forward row that is really run, in the mean: rows share what comes
-    before their first change.
+    before their first change. ``kept`` is what a gradient keeps for its way back, over what a plain
+    one does. ``maps`` is of how many layers attention maps [heads, tokens, tokens] are held
+    together, ``math.inf`` for all. With ``vectors`` a row is run by itself, and each layer forms
+    what every position moves to every other, [tokens, tokens, width].
     """
 
     gradients: float = 0
     forwards: float = 0
     share: float = 1.0
+    kept: float = 1.0
+    maps: float = 0
+    vectors: bool = False
 
 
 def _no_options(units: int, tokens: int, budget: int) -> dict:
@@ -76,6 +83,18 @@ def _one_forward(units: int, tokens: int, options: dict) -> Price:
     return Price(forwards=1)
 
 
+def _relevance_price(units: int, tokens: int, options: dict) -> Price:
+    return Price(gradients=1, kept=1.15)  # the rules' slopes
+
+
+def _rollout_price(units: int, tokens: int, options: dict) -> Price:
+    return Price(forwards=1, maps=1)
+
+
+def _alti_price(units: int, tokens: int, options: dict) -> Price:
+    return Price(forwards=1, maps=math.inf, vectors=True)
+
+
 def _path_options(units: int, tokens: int, budget: int) -> dict:
     return {"max_evaluations": max(FIRST_EVALUATIONS, min(2000, budget // tokens))}
 
@@ -109,15 +128,15 @@ BUILT_IN = [
     Method(
         "attention_rollout",
         attention_rollout,
-        _one_forward,
+        _rollout_price,
         signed=False,
         refusal=refuses_attending,
     ),
-    Method("alti_logit", alti_logit, _one_forward, adds_up=True, refusal=refuses_parts),
+    Method("alti_logit", alti_logit, _alti_price, adds_up=True, refusal=refuses_parts),
     Method(
         "relevance",
         relevance,
-        _one_gradient,
+        _relevance_price,
         adds_up=True,
         refusal=refuses_rules,
         reads="gradient",

