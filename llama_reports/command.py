@@ -21,8 +21,14 @@ from typer.core import TyperGroup
 from helpers.attribution.methods import BUILT_IN
 from helpers.errors import InputError
 from helpers.models import BUNDLED
-from llama_reports.estimate import estimate, long_run, measure, model_shape, needs
-from llama_reports.estimate import refuse_what_does_not_fit as refuse
+from llama_reports.estimate import (
+    estimate,
+    long_run,
+    measure,
+    model_shape,
+    needs,
+    refuse_what_does_not_fit,
+)
 from llama_reports.files import only_writer, read_mapping
 from llama_reports.gallery import write_index
 from llama_reports.jobs import DEFAULT_NOTEBOOK, finished, plan
@@ -115,7 +121,7 @@ def main_command(
         if dry_run:
             typer.echo(planned(workers=workers or 1).text)
         if scheduler is None:  # else the memory is that of other machines
-            refuse(jobs, workers=workers or 1, **given)
+            refuse_what_does_not_fit(jobs, workers=workers or 1, **given)
         if dry_run:
             return
         if scheduler is None:

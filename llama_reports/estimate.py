@@ -218,7 +218,7 @@ class Needs:
     """
 
     model: str
-    tokens: int
+    size: Size
     dtype: str
     shape: Shape
     machine: Machine
@@ -243,6 +243,16 @@ class Needs:
         needs = self.methods.items()
         return [name for name, need in needs if need and need.least > MARGIN * self.free]
 
+    def longest(self, name: str) -> int:
+        """The most tokens, up to those asked for, at which a method has room, row by row."""
+        base, size = sum(self.before.values()), self.size
+
+        def least(tokens):
+            shorter = Size(tokens, min(size.units, tokens), size.outputs)
+            return base + _most(self.shape, [name], shorter, least=True)
+
+        return bisect_right(range(1, size.tokens + 1), self.free, key=least)
+
     @property
     def heading(self) -> str:
         parts = ", ".join(f"{part} {_bytes(held)}" for part, held in self.before.items() if held)
@@ -258,17 +268,19 @@ class Needs:
         rows = {}
         for name, need in self.methods.items():
             if need is None:
-                rows[name] = ["more than a report's budget"]
+                rows[name] = ["", "", "over budget", *[""] * (len(PARTS) + 1)]
                 continue
             counts = (f"{count:,.0f}" for count in (need.gradients, need.forwards))
             parts = (_bytes(need.memory[part]) for part in PARTS)
             rows[name] = [*counts, f"{need.seconds:,.1f}", *parts, _bytes(need.peak)]
         columns = ["gradients", "rows", "seconds", *PARTS, "memory in all"]
-        table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).fillna("")
-        lines = [table.rename_axis(columns=f"{self.tokens:,} tokens").to_string()]
-        if self.too_large:
-            names, free = ", ".join(self.too_large), _bytes(self.free)
-            lines.append(f"No room in the {free} that are free, not even row by row: {names}.")
+        table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+        lines = [table.rename_axis(columns=f"{self.size.tokens:,} tokens").to_string()]
+        for name in self.too_large:
+            lines.append(
+                f"No room for {name} in the {_bytes(self.free)} that are free, not even row by "
+                f"row; for prompts of up to {self.longest(name):,} tokens there is."
+            )
         return "\n".join(lines)
 
 
@@ -277,9 +289,9 @@ class Estimate:
     """What a plan takes. ``seconds`` of a clock on the wall, ``memory`` and ``disk`` in bytes.
 
     ``memory`` is the most that all processes hold together, on the accelerator where there is one.
-    ``first`` are the names of the first
-    reports to run, ``replaced`` counts those that take the place of another question's, ``basis``
-    is in words what all of this rests on, and ``text`` is what ``--dry-run`` prints.
+    ``first`` are the names of the first reports to run, ``replaced`` counts those that take the
+    place of another question's, ``basis`` is in words what all of this rests on, and ``text`` is
+    what ``--dry-run`` prints.
     """
 
     to_run: int
@@ -399,7 +411,7 @@ def needs(
                 base + sum(memory(shape, price, size, least=True).values()),
             )
     loading = base + shape.loading
-    return Needs(public_name(model), tokens, dtype, shape, machine, found, before, loading, free())
+    return Needs(public_name(model), size, dtype, shape, machine, found, before, loading, free())
 
 
 def long_run(
@@ -415,9 +427,10 @@ def long_run(
     What cannot take a minute on a fast machine is not estimated, and what is finished is looked up
     only where all of it would take an hour.
     """
-    if estimate(plan, machine=Machine(*FAST), **options).seconds < 60:
+    shape = _known_shape(plan)
+    if shape is None or estimate(plan, machine=Machine(*FAST), **options).seconds < 60:
         return None
-    machine = measure(model_shape(plan.model, plan.dtype), plan.dtype, threads)
+    machine = measure(shape, plan.dtype, threads)
     if estimate(plan, machine=machine, **options).seconds < LONG:
         return None
     seconds = estimate(plan, out, machine=machine, done=done, **options).seconds
@@ -439,17 +452,28 @@ def refuse_what_does_not_fit(
     free by less than that is let through. ``done`` is as in ``estimate``, asked only where it may
     make a difference.
     """
-    shape, there_is = model_shape(plan.model, plan.dtype), free()
+    shape, there_is = _known_shape(plan), free()
     everything = np.ones(len(plan), bool)
 
     def needed(left):
         return _memory(plan, shape, left, scores_only, min(workers, left.sum()), least=True)
 
-    if not len(plan) or needed(everything) <= MARGIN * there_is:
+    if not len(plan) or shape is None or needed(everything) <= MARGIN * there_is:
         return
     left = everything if done is None else np.array([not done(job) for job in plan])
     if needed(left) > MARGIN * there_is:
         raise InputError(_what_would_fit(plan, shape, left, scores_only, workers, there_is))
+
+
+def _known_shape(plan):
+    """The ``Shape`` of the plan's model; ``None`` where a stranger's files do not tell it.
+
+    What is wrong with them is told when the model is loaded.
+    """
+    try:
+        return model_shape(plan.model, plan.dtype)
+    except Exception:
+        return None
 
 
 def _what_would_fit(plan, shape, left, scores_only, workers, there_is):
@@ -518,7 +542,8 @@ def model_shape(model: str | Path, dtype: str = "float32") -> Shape:
     Of a checkpoint whose numbers are packed the headers count what they are packed in.
     """
     config, tensors = _config(model), tensor_shapes(model)
-    heads, vocabulary = config.num_attention_heads, config.vocab_size
+    heads = getattr(config, "num_attention_heads", None) or 1  # some have no attention
+    vocabulary = config.vocab_size
     numbers = {name: math.prod(shape) for name, shape in tensors.items() if len(shape) < 4}
     tables = [  # of a vocabulary: the embeddings, and the output layer where it is another
         numbers[name]
@@ -796,7 +821,7 @@ def memory(
     """
     seq, numbers = size.length, shape.heads * size.length**2
     most, rows = TOKENS_PER_BATCH["cpu"], 1 if least else rows
-    kept = by = maps = 0
+    kept = by = maps = 0.0
     if price.gradients:
         points = price.gradients / (ROUNDS if price.gradients > 1 else 1)
         at_once = 1 if least else max(1, min(rows * math.ceil(points), most // seq))

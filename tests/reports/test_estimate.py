@@ -1,34 +1,55 @@
 """Estimates: operations counted by hand and by torch, and what a plan takes; no clock is read."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from toys import GROUPED, OTHERS, toy
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from typer.testing import CliRunner
+from watching import rows_run, tensor_sizes
 
-from helpers import InputError, ask, attribute
+from helpers import InputError, ask, attribute, load_model
 from helpers.attribution import BUDGET, METHODS, Method, Price
 from helpers.attribution.engine import frozen
 from helpers.faithfulness import against_random
+from helpers.models import BUNDLED
+from llama_reports.command import app
 from llama_reports.estimate import (
     ENOUGH,
+    LONG,
+    MARGIN,
+    PARTS,
+    PROCESS,
     START,
     Machine,
-    Shape,
     Size,
     estimate,
     forward,
     gradient,
+    long_run,
     measure,
     methods_work,
     model_shape,
+    needs,
     priced,
+    refuse_what_does_not_fit,
     report_work,
     work,
 )
 from llama_reports.jobs import plan
+
+PLANNER = Path(__file__).parents[2] / "benchmarks" / "planner.py"
 
 MACHINE = Machine(flops=1e9, bandwidth=1e9, overhead=1e-4, near=1e8, far=1e8)
 
@@ -54,7 +75,8 @@ def planned(tiny_folder, tmp_path):
 
 
 def test_operations_of_the_toy_counted_by_hand(shape):
-    assert shape.feed_forward == 64
+    sizes = (shape.layers, shape.width, shape.heads, shape.key_value_heads, shape.head_dim)
+    assert (*sizes, shape.feed_forward, shape.vocabulary) == (2, 32, 4, 2, 8, 64, 259)
     q, k, v, o = 32 * 32, 32 * 16, 32 * 16, 32 * 32
     gate, up, down = 32 * 64, 32 * 64, 64 * 32
     linear = 2 * 3 * (q + k + v + o + gate + up + down)  # three tokens
@@ -67,6 +89,35 @@ def test_operations_of_the_toy_counted_by_hand(shape):
     assert forward(shape, 5, 3, first=2)[0] == 5 * (one + head)
     assert forward(shape, 5, 3, first=2, outputs=4)[0] == 5 * (one + 4 * head)
     assert forward(shape, 5, 3, at_once=6)[1] == 3  # two rows of three tokens a pass
+
+
+EXPERTS = {
+    "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 4}),
+    "qwen3-moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, {"num_experts": 5, "head_dim": 16}),
+}
+
+
+@pytest.mark.parametrize("family", [*OTHERS, *EXPERTS])
+def test_sizes_of_other_families_are_read_off_the_headers_of_their_files(tiny, tmp_path, family):
+    """Whatever its matrices are called: as many numbers as there are, and torch's operations."""
+    if family in OTHERS:
+        model = toy(family, tiny[1])
+    else:
+        cls, config, more = EXPERTS[family]
+        more |= {"num_experts_per_tok": 2, "vocab_size": len(tiny[1]), "pad_token_id": 0}
+        model = cls(config(**(GROUPED | more))).eval()
+        model.set_experts_implementation("eager")  # whose products are there to be counted
+    model.save_pretrained(tmp_path)
+    model.set_attn_implementation("eager")
+    shape = model_shape(tmp_path)
+    assert shape.parameters == model.num_parameters() and shape.mapped
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    table = model.get_input_embeddings().weight.numel()
+    assert (shape.embeddings, shape.output_layer) == (table, 0 if tied else table)
+    unseen = 2 * 4 * shape.heads * shape.head_dim * (17 * 17 - 17 * 18 // 2)
+    with torch.no_grad():
+        passes = counted(lambda: model(torch.arange(17)[None], use_cache=False, logits_to_keep=1))
+    assert passes == forward(shape, 1, 17)[0] + unseen
 
 
 def counted(run):
@@ -275,8 +326,265 @@ def test_this_machine_is_measured_and_torch_left_as_it_was(shape):
     assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
 
 
-def test_memory_counts_weights_once_a_worker(planned, tiny_folder):
+def test_weights_are_counted_once_a_worker_unless_they_are_pages_of_one_file(planned, tiny_folder):
     weights = sum(f.stat().st_size for f in Path(tiny_folder).glob("*.safetensors"))
-    one, two = (estimate(planned("ab", "cd"), machine=MACHINE, workers=n).memory for n in (1, 2))
-    half = estimate(planned("ab", "cd", dtype="bfloat16"), machine=MACHINE).memory
-    assert two - one > weights and one - half == pytest.approx(weights / 2, rel=0.1)
+
+    def of(workers, dtype="float32"):
+        return estimate(planned("ab", "cd", dtype=dtype), machine=MACHINE, workers=workers).memory
+
+    assert of(1) - of(1, "bfloat16") == pytest.approx(weights / 2, rel=0.1)
+    both, half = of(2) - of(1), of(2, "bfloat16") - of(1, "bfloat16")
+    assert half - both == pytest.approx(weights / 2, rel=0.1)
+
+
+# --- what a method needs -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [5, 40, 150])
+def test_rows_are_those_that_are_run_and_parts_of_the_memory_add_up(tiny, tiny_folder, length):
+    model, tokenizer = tiny
+    question = ask(model, tokenizer, "ab" * (length // 2) + "c" * (length % 2), target="b")
+    found = needs(tiny_folder, length, machine=MACHINE)
+    weights = sum(weight.nbytes for weight in model.parameters())
+    assert found.shape.weights == weights and list(found.methods) == list(METHODS)
+    assert found.seconds == sum(need.seconds for need in found.methods.values() if need)
+    for name, need in found.methods.items():
+        if need is None:
+            assert name == "shapley" and length == 150
+            continue
+        parts = need.memory
+        assert need.peak == sum(parts.values()) <= found.peak and need.least <= need.peak
+        assert parts["layers"] + parts["embeddings"] + parts["output layer"] == weights
+        assert parts["Python"] > 1e8 and set(parts) == {*found.before, *PARTS}
+        run = lambda name=name: attribute(model, question, name, budget=BUDGET)  # noqa: E731
+        _, gradients, forwards = rows_run(model, run)
+        if name != "integrated_gradients":  # how many it takes is known only afterwards
+            assert gradients == need.gradients
+            assert 0.75 * need.forwards <= forwards <= need.forwards
+
+
+def test_what_is_kept_for_the_way_back_is_what_torch_saves(tiny, tiny_folder):
+    model, tokenizer = tiny
+    question = ask(model, tokenizer, "ab" * 50, target="b")
+    weights = {weight.data_ptr() for weight in model.parameters()}
+    saved = {}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in weights:
+            saved[tensor.data_ptr()] = tensor  # held, so that no other gets its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        attribute(model, question, "saliency")
+    held = sum(tensor.nbytes for tensor in saved.values())
+    need = needs(tiny_folder, 100, ["saliency"], machine=MACHINE).methods["saliency"]
+    # the toy's last layer, of which one position goes on, is half of it
+    assert 0.5 < held / need.memory["way back"] < 1
+
+
+@pytest.mark.parametrize("method", ["attention", "attention_rollout", "alti_logit"])
+def test_attention_maps_are_counted_where_a_method_forms_them(tiny, tiny_folder, method):
+    model, tokenizer = tiny
+    question = ask(model, tokenizer, "ab" * 100, target="b")
+    with tensor_sizes() as sizes:
+        attribute(model, question, method)
+    maps = needs(tiny_folder, 200, [method], machine=MACHINE).methods[method].memory["maps"]
+    if method == "attention":
+        assert maps == 0 and max(sizes) < 4 * 200**2
+    else:
+        vectors = 32 if method == "alti_logit" else 4
+        assert max(sizes) == vectors * 200**2 and maps > 3 * 4 * max(sizes)
+
+
+def test_longer_prompts_units_outputs_and_halves_change_what_they_should(tiny_folder):
+    def of(tokens, method, part=None, **options):
+        need = needs(tiny_folder, tokens, [method], machine=MACHINE, **options).methods[method]
+        return need.memory[part] if part else need
+
+    assert of(80, "saliency", "way back") == pytest.approx(2 * of(40, "saliency", "way back"), 0.01)
+    assert of(80, "alti_logit", "maps") > 3 * of(40, "alti_logit", "maps")
+    assert of(80, "alti_logit").seconds > of(80, "attention").seconds
+    assert of(40, "occlusion", units=10).forwards == 11
+    assert of(40, "relevance", "logits", outputs=5) == 5 * of(40, "relevance", "logits")
+    whole, half = of(40, "attention", "layers"), of(40, "attention", "layers", dtype="bfloat16")
+    assert whole == 2 * half
+
+
+def test_a_length_that_the_model_does_not_read_is_refused(tiny_folder):
+    for tokens in (0, 5000):
+        with pytest.raises(InputError, match="reads 1 to 2,048 tokens"):
+            needs(tiny_folder, tokens, machine=MACHINE)
+    with pytest.raises(InputError, match="There is no method"):
+        needs(tiny_folder, 5, ["magic"], machine=MACHINE)
+
+
+def test_the_memory_of_the_bundled_model_is_within_a_quarter_of_what_a_process_takes():
+    command = [sys.executable, PLANNER, "--model", BUNDLED, "--method", "relevance"]
+    done = subprocess.run([*command, "--length", "512"], check=True, capture_output=True)
+    found = json.loads(done.stdout)
+    planned = needs(BUNDLED, 512, ["relevance"], machine=MACHINE)
+    assert abs(planned.peak / found["bytes"] - 1) < 0.25
+    assert found["rows"] == planned.methods["relevance"].gradients
+    assert sum(planned.before.values()) / found["bytes"] < 0.75  # which weights alone would not be
+
+
+# --- what does not fit -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """A function that sets how many bytes the machine has free."""
+
+    def free(number):
+        for module in ("llama_reports.estimate", "helpers.models"):
+            monkeypatch.setattr(f"{module}.free_memory", lambda device: number)
+
+    return free
+
+
+def test_a_run_that_does_not_fit_is_refused_in_a_sentence_that_says_what_would(planned, free):
+    jobs = planned("ab" * 900, "ab")
+    most = estimate(jobs, machine=MACHINE, workers=2).memory
+    refuse_what_does_not_fit(jobs, workers=2)
+    free(int(most / MARGIN / 4))
+    with pytest.raises(InputError) as refused:
+        refuse_what_does_not_fit(jobs, workers=2)
+    assert str(refused.value).count(". ") == 0 and "a smaller model" in str(refused.value)
+    (need,) = needs(jobs.model, 1800, ["alti_logit"], machine=MACHINE).methods.values()
+    free(int(3 * PROCESS + need.memory["maps"] / 3))
+    with pytest.raises(InputError) as refused:
+        refuse_what_does_not_fit(jobs, workers=2)
+    said = str(refused.value)
+    assert "--method attention or " in said and "alti_logit" not in said
+    tokens = int(said.split("at most ")[1].split(" ")[0].replace(",", ""))
+    assert 1 < tokens < 1800 and "(there is one of 1,800)" in said
+    refuse_what_does_not_fit(jobs, workers=2, done=lambda job: job.tokens > 2)
+    refuse_what_does_not_fit(planned("a" * tokens, "ab"), workers=2)
+
+
+def test_what_is_short_by_less_than_the_planners_own_error_is_let_through(planned, free):
+    jobs = planned("abc", folders=False)
+    for scores_only in (True, False):
+        free(2**62)
+        need = estimate(jobs, machine=MACHINE, scores_only=scores_only).memory
+        free(int(need / MARGIN * 1.01))
+        refuse_what_does_not_fit(jobs, scores_only=scores_only)
+        free(int(need / MARGIN * 0.9))
+        with pytest.raises(InputError, match="so nothing was started"):
+            refuse_what_does_not_fit(jobs, scores_only=scores_only)
+
+
+def test_fewer_workers_are_named_where_they_would_fit(planned, free):
+    jobs = planned(*"abcd", methods=["saliency"])
+    need = {n: estimate(jobs, machine=MACHINE, workers=n).memory for n in (2, 3)}
+    free(int((need[2] + need[3]) / 2))
+    with pytest.raises(InputError, match=r"would fit: 2 workers\.$"):
+        refuse_what_does_not_fit(jobs, workers=8)
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(tiny, tiny_folder, free):
+    weights = sum(weight.nbytes for weight in tiny[0].parameters())
+    free(weights)
+    load_model(tiny_folder)
+    free(weights - 1)
+    with pytest.raises(InputError, match=r"'bfloat16' \(.*device_map='auto', or a smaller model"):
+        load_model(tiny_folder)
+    load_model(tiny_folder, dtype="bfloat16")
+    load_model(tiny_folder, device_map="auto")  # which spreads it, and is not looked at
+    free(weights // 2 - 1)
+    with pytest.raises(InputError, match="are free on the cpu: use device_map"):
+        load_model(tiny_folder, dtype="bfloat16")
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """A function: the command line, in this process."""
+    monkeypatch.setattr("signal.signal", lambda *given: None)  # which belongs to pytest here
+
+    def command(*given):
+        done = CliRunner().invoke(app, [*map(str, given)], env={"COLUMNS": "200", "TERM": "dumb"})
+        assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+        return done
+
+    return command
+
+
+def test_the_command_plans_the_bundled_model(command):
+    given = ["--tokens", 6, "--tokens", 2048, "--method", "alti_logit", "--method", "shapley"]
+    done = command("plan", *given)
+    assert done.exit_code == 0 and not done.stderr
+    assert done.stdout.startswith(f"{BUNDLED}: 134,515,008 parameters in float32.")
+    assert "GFLOP/s" in done.stdout and "embeddings 113MB" in done.stdout
+    short, long = done.stdout.split("\n\n")[1:]
+    assert short.startswith("6 tokens") and long.startswith("2,048 tokens")
+    assert "budget" in long and "budget" not in short
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["plan"], "--tokens"),
+        (["plan", "--tokens", "0"], "reads 1 to"),
+        (["plan", "--tokens", "5", "--method", "magic"], "There is no method"),
+        (["plan", "--tokens", "5", "--model", "./none"], "There is no model folder"),
+        (["./plan"], "There is no prompts file"),
+        ([], "PROMPTS"),
+    ],
+)
+def test_what_cannot_be_planned_is_told_with_status_2(command, arguments, complaint):
+    done = command(*arguments)
+    assert done.exit_code == 2 and complaint in done.stderr
+
+
+def test_the_help_names_the_command_that_plans(command):
+    assert "llama-reports plan --help" in " ".join(command("--help").stdout.split())
+    shown = command("plan", "--help").stdout
+    for option in ("--model", "--tokens", "--method", "--dtype", "--threads"):
+        assert option in shown
+
+
+def test_a_plan_says_for_what_there_is_no_room_and_up_to_which_length_there_is(tiny_folder, free):
+    (need,) = needs(tiny_folder, 1500, ["alti_logit"], machine=MACHINE).methods.values()
+    free(int(need.least / MARGIN * 1.01))
+    methods = ["alti_logit", "attention"]
+    assert not needs(tiny_folder, 1500, methods, machine=MACHINE).too_large
+    free(int(need.least / MARGIN * 0.99))
+    found = needs(tiny_folder, 1500, methods, machine=MACHINE)
+    assert found.too_large == ["alti_logit"] and "No room for alti_logit" in found.text
+    longest = found.longest("alti_logit")
+    fits, not_any_more = (
+        needs(tiny_folder, tokens, methods, machine=MACHINE).methods["alti_logit"].least
+        for tokens in (longest, longest + 1)
+    )
+    assert fits <= found.free < not_any_more and f"up to {longest:,} tokens" in found.text
+
+
+@pytest.mark.parametrize("more", [[], ["--scores-only"]])
+def test_the_command_refuses_a_run_without_room_before_anything_is_written(
+    command, free, tiny_folder, tmp_path, more
+):
+    (tmp_path / "plan").with_suffix(".jsonl").write_text('"abc"', encoding="utf-8")
+    given = [tmp_path / "plan.jsonl", "--model", tiny_folder, "--out", tmp_path / "out", *more]
+    free(10**8)
+    done = command(*given)
+    assert done.exit_code == 2 and done.stderr.startswith("Error: About ")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+    dry = command(*given, "--dry-run")
+    assert dry.exit_code == 2 and "would run" in dry.stdout and dry.stderr == done.stderr
+
+
+def test_a_run_of_hours_says_so_before_it_starts(planned, tmp_path, monkeypatch):
+    slow = replace(MACHINE, flops=1e6)
+    measured = []
+    monkeypatch.setattr("llama_reports.estimate.measure", lambda *given: measured.append(1) or slow)
+    assert long_run(planned("abc"), tmp_path) is None and not measured
+    jobs = planned(*[f"number {i}" for i in range(200)])
+    assert estimate(jobs, machine=slow).seconds > 2 * LONG
+    said = long_run(jobs, tmp_path)
+    assert said.startswith("This will take about") and said.endswith("--dry-run tells more.")
+    assert long_run(jobs, tmp_path, done=lambda job: True) is None
+    monkeypatch.setattr("llama_reports.estimate.measure", lambda *given: MACHINE)
+    assert long_run(jobs, tmp_path) is None
