@@ -493,7 +493,7 @@ def _what_would_fit(plan, shape, left, scores_only, workers, there_is):
         ways.append("--dtype bfloat16")
     small = [name for name in methods if need(methods=[name]) <= there_is]
     if small:
-        ways.append(f"--method {' or '.join(small)} alone")
+        ways.append(f"{', '.join(small)} alone (--method)")
     shorter = bisect_right(
         range(1, size.tokens),
         there_is,
@@ -594,7 +594,9 @@ def _config(model):
 
 
 def _dtype(config, dtype):
-    found = getattr(torch, dtype, None) if dtype != "auto" else getattr(config, "dtype", None)
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise InputError(f"dtype {dtype!r} is unknown: use float32, bfloat16, float16 or auto.")
+    found = getattr(torch, dtype) if dtype != "auto" else getattr(config, "dtype", None)
     return found or torch.float32
 
 
@@ -874,10 +876,15 @@ def _memory(plan, shape, left, scores_only, workers, least=False):
 
 
 def _longest(plan, left, scores_only, every=False):
-    """``(methods, size)`` of the longest prompts that are left, or of every size there is."""
+    """``(methods, size)`` of the longest prompts that are left, or of ``every`` size there is.
+
+    Of which methods another notebook runs nothing is known: it is counted as ``DEFAULT_NOTEBOOK``
+    with every size, and else as if it ran none.
+    """
     found = []
-    for kind, (_, methods) in enumerate(plan.asked):
-        methods = sorted(methods or (DEFAULT_METHODS if scores_only else METHODS))
+    for kind, (notebook, methods) in enumerate(plan.asked):
+        all_of_them = METHODS if every or notebook == DEFAULT_NOTEBOOK else ()
+        methods = sorted(methods or (DEFAULT_METHODS if scores_only else all_of_them))
         there = left & (plan.kinds == kind)
         facts = np.stack([plan.tokens, plan.units, plan.outputs])[:, there]
         if facts.size:

@@ -414,6 +414,8 @@ def test_a_length_that_the_model_does_not_read_is_refused(tiny_folder):
     for tokens in (0, 5000):
         with pytest.raises(InputError, match="reads 1 to 2,048 tokens"):
             needs(tiny_folder, tokens, machine=MACHINE)
+    with pytest.raises(InputError, match="'int3' is unknown"):
+        needs(tiny_folder, 5, dtype="int3", machine=MACHINE)
     with pytest.raises(InputError, match="There is no method"):
         needs(tiny_folder, 5, ["magic"], machine=MACHINE)
 
@@ -455,10 +457,13 @@ def test_a_run_that_does_not_fit_is_refused_in_a_sentence_that_says_what_would(p
     with pytest.raises(InputError) as refused:
         refuse_what_does_not_fit(jobs, workers=2)
     said = str(refused.value)
-    assert "--method attention or " in said and "alti_logit" not in said
+    assert "attention, " in said and "alone (--method)" in said and "alti_logit" not in said
     tokens = int(said.split("at most ")[1].split(" ")[0].replace(",", ""))
     assert 1 < tokens < 1800 and "(there is one of 1,800)" in said
     refuse_what_does_not_fit(jobs, workers=2, done=lambda job: job.tokens > 2)
+    free(int(3 * PROCESS / MARGIN) + 10**6)  # another notebook's methods are not known
+    refuse_what_does_not_fit(planned("ab" * 900, "ab", notebook="05_gradients"), workers=2)
+    free(int(3 * PROCESS + need.memory["maps"] / 3))
     refuse_what_does_not_fit(planned("a" * tokens, "ab"), workers=2)
 
 
