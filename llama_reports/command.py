@@ -57,6 +57,10 @@ class _Commands(TyperGroup):
         named = args[:1] and args[0] in self.commands
         return super().parse_args(ctx, args if named else [REPORTS, *args])
 
+    def resolve_command(self, ctx, args):
+        name, command, rest = super().resolve_command(ctx, args)
+        return "" if name == REPORTS else name, command, rest
+
 
 app = typer.Typer(cls=_Commands, add_completion=False, pretty_exceptions_enable=False)
 
