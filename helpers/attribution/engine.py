@@ -25,9 +25,9 @@ from transformers import (
 
 from helpers.architectures import body_of, pointwise_after_last_attention, stack_of
 from helpers.errors import InputError
-from helpers.models import free_memory
+from helpers.machine import free_memory, slow_precision, warn_if_slow
 from helpers.prompts import Unit
-from helpers.questions import Facts, Question, read_facts
+from helpers.questions import Facts, Question, output_logits, read_facts
 
 # rows x seq in one pass. More was no faster on two CPU cores; a GPU wants more, how much more has
 # not been measured.
@@ -240,7 +240,7 @@ class Asked:
             if row % most == 0:
                 some = read[row : row + most]
                 with torch.no_grad():
-                    logits = some if self.matrix is None else F.linear(some, *self.matrix)
+                    logits = some if self.matrix is None else output_logits(some, *self.matrix)
             seen = logits[row % most, plain.to(logits.device)].float()
             self.facts.append(read_facts(seen, question.target, question.rival))
         found = torch.tensor([[facts.target[0]] for facts in self.facts])
@@ -606,7 +606,8 @@ def working_precision(model: Any, precision: str | None) -> Iterator[None]:
         return
     if precision not in PRECISIONS:
         raise InputError(f"The precision {precision!r} is unknown: use {', '.join(PRECISIONS)}.")
-    dtype = PRECISIONS[precision]
+    dtype, table = PRECISIONS[precision], model.get_input_embeddings().weight
+    warn_if_slow(slow_precision(dtype, table.shape[-1], table.device))
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linears = [
         module

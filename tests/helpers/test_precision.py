@@ -1,0 +1,233 @@
+"""Half precision: who decides a tie, what overflows, and what this machine is slow at."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from helpers import METHODS, InputError, ask, attribute, attribute_all, load_model, tiny_llama
+from helpers.attribution.engine import working_precision
+from helpers.machine import SLOWER, SlowPrecision, slow_precision, slow_precision_of
+from helpers.questions import float32_logits, output_logits, read_question
+
+HALF = [torch.bfloat16, torch.float16]
+PROMPTS = [f"{a} {b}" for a in "abcdefghijklmnop" for b in ("of", "in", "is", "to", "at", "on")]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def halved(dtype=torch.bfloat16):
+    model, tokenizer = tiny_llama()
+    return model.to(dtype), tokenizer
+
+
+def last_state(model, question):
+    with torch.inference_mode():
+        return model.model(question.input_ids, use_cache=False).last_hidden_state[0, -1]
+
+
+# --- which of two equal tokens -----------------------------------------------------------------
+
+
+def test_of_two_tokens_that_half_precision_rounds_alike_the_nearer_is_the_target():
+    """Reports ask one by one and scores in batches: both find what exact arithmetic finds."""
+    model, tokenizer = halved()
+    questions = [read_question(tokenizer, prompt, model=model) for prompt in PROMPTS]
+    states = torch.stack([last_state(model, question) for question in questions])
+    logits = states.double() @ model.lm_head.weight.double().T  # [prompts, vocab]
+    expected = logits.argmax(dim=1).tolist()
+    rounded = F.linear(states, model.lm_head.weight)
+    ties = (rounded == rounded.amax(dim=1, keepdim=True)).sum(dim=1) > 1
+    assert ties.any()  # else nothing is tested
+    assert [ask(model, tokenizer, prompt).target[0] for prompt in PROMPTS] == expected
+    answers = [ask(model, tokenizer, prompt, answer=2).target[0] for prompt in PROMPTS]
+    assert answers == expected
+    together = attribute_all(model, questions, ["saliency"])
+    assert [question.target[0] for question, _ in together] == expected
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_logits_in_float32_are_those_of_the_widened_matrix(dtype):
+    model, tokenizer = halved(dtype)
+    ids = ask(model, tokenizer, "Riga").input_ids
+    bias = torch.linspace(-1, 1, len(model.lm_head.weight)).to(dtype)
+    model.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
+    with torch.inference_mode():
+        states = model.model(ids, use_cache=False).last_hidden_state
+        before = model(ids).logits
+        with float32_logits(model):
+            found = model(ids).logits
+        assert torch.equal(model(ids).logits, before) and before.dtype == dtype
+    expected = F.linear(states.double(), model.lm_head.weight.double(), bias.double())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    weight = model.lm_head.weight.repeat(20, 1)  # several portions
+    torch.testing.assert_close(
+        output_logits(states, weight, None), F.linear(states.float(), weight.float())
+    )
+
+
+def test_a_model_in_float32_is_left_as_it_is(tiny):
+    ids = ask(*tiny, "Riga").input_ids
+    with torch.inference_mode(), float32_logits(tiny[0]):
+        assert not tiny[0].lm_head._forward_hooks
+        assert torch.equal(tiny[0](ids).logits, tiny[0].lm_head(tiny[0].model(ids)[0]))
+
+
+def test_a_batch_that_rounds_another_way_does_not_choose_another_target():
+    """The last norm of a batch is off by what was measured on real ones; alone it is not."""
+    model, tokenizer = halved()
+    with torch.inference_mode():
+        questions = [read_question(tokenizer, prompt, model=model) for prompt in PROMPTS]
+
+    def jitter(module, args, out):
+        if len(out) == 1:
+            return out
+        noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+        return out + 0.02 * noise.to(out.dtype)
+
+    expected = [ask(model, tokenizer, prompt).target for prompt in PROMPTS]
+    model.model.norm.register_forward_hook(jitter)
+    found = [question.target for question, _ in attribute_all(model, questions, ["saliency"])]
+    with torch.inference_mode(), float32_logits(model):
+        ids = torch.cat([question.input_ids for question in questions])
+        moved = model(ids, use_cache=False).logits[:, -1].argmax(dim=1).tolist()
+    assert moved != [target[0] for target in expected]  # else nothing is tested
+    assert found == expected
+
+
+def test_products_in_half_precision_do_not_choose_another_target(tiny):
+    model, tokenizer = tiny
+    questions = [read_question(tokenizer, prompt, model=model) for prompt in PROMPTS]
+    expected = [ask(model, tokenizer, prompt).target for prompt in PROMPTS]
+    with working_precision(model, "bfloat16"):
+        moved = [ask(model, tokenizer, prompt).target for prompt in PROMPTS]
+    assert moved != expected  # else nothing is tested
+    found = attribute_all(model, questions, ["saliency"], precision="bfloat16")
+    assert [question.target for question, _ in found] == expected
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_foil_that_is_the_models_own_answer_comes_back_open(dtype):
+    model, tokenizer = halved(dtype)
+    own = ask(model, tokenizer, "ab").target
+    questions = [
+        read_question(tokenizer, "ab", model=model, foil_ids=own),
+        read_question(tokenizer, "cd", model=model),
+    ]
+    (one, nothing), (other, results) = attribute_all(model, questions, ["saliency"])
+    assert one.target is None and nothing == {}
+    assert other.target == ask(model, tokenizer, "cd").target and set(results) == {"saliency"}
+
+
+# --- numbers that are not finite ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"random", "alti_logit", "relevance"}))
+def test_what_overflows_in_float16_is_an_error_and_never_a_score(method):
+    model, tokenizer = overflowing()
+    exact = attribute(model, ask(model, tokenizer, "Riga", target="a"), method)
+    assert exact.scores.isfinite().all()
+    model = model.to(torch.float16)
+    question = ask(model, tokenizer, "Riga", target="a")
+    with pytest.raises(InputError, match=f"{method} are not finite.* float32") as error:
+        attribute(model, question, method)
+    assert error.value.field == "scores"
+    with pytest.raises(InputError, match="not finite"):
+        list(attribute_all(model, [read_question(tokenizer, "ab", model=model)], [method]))
+
+
+def overflowing():
+    """A toy whose residual stream goes beyond 65,504, float16's largest number."""
+    model, tokenizer = tiny_llama()
+    model.model.layers[0].mlp.down_proj.weight.mul_(1e6).clamp_(-6e4, 6e4)
+    return model, tokenizer
+
+
+def test_scores_without_notebooks_have_an_error_row_and_the_command_ends_with_1(tmp_path):
+    import pandas as pd
+
+    for part in overflowing():
+        part.save_pretrained(tmp_path / "large")
+    (tmp_path / "prompts.yml").write_text("- ab\n- cd\n", encoding="utf-8")
+    command = [sys.executable, "-m", "llama_reports", tmp_path / "prompts.yml", "--scores-only"]
+    command += ["--model", tmp_path / "large", "--method", "saliency"]
+    for dtype, status, errors in (("float16", 1, 2), ("float32", 0, 0)):
+        out = tmp_path / dtype
+        options = [*map(str, command), "--out", str(out), "--dtype", dtype]
+        done = subprocess.run(options, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == status, done.stderr
+        rows = pd.read_parquet(out / "prompts")
+        assert rows["error"].notna().sum() == errors
+        assert rows["error"].dropna().str.contains("not finite").all()
+        assert (out / "scores").exists() == (not errors)
+
+
+# --- what this machine is slow at --------------------------------------------------------------
+
+SLOWED = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+LOAD = "from helpers import load_model; load_model(dtype='bfloat16'); print('loaded')"
+
+
+def python(code, **environment):
+    command = [sys.executable, "-P", "-c", code]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="slows an x86 processor of Linux down")
+def test_a_machine_that_is_slow_at_bfloat16_is_told_once_and_on_stderr():
+    done = python(LOAD, **SLOWED)
+    assert done.stdout == "loaded\n"
+    assert done.stderr.count("SlowPrecision: bfloat16 takes about") == 1
+    times = float(done.stderr.partition("about ")[2].partition(" times as long")[0])
+    assert SLOWER <= times < 100
+
+
+CPU = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+
+
+@pytest.mark.skipif(
+    not ("avx512_bf16" in CPU and torch.backends.cpu.get_cpu_capability() == "AVX512"),
+    reason="this processor, or what of it torch may use, has no instructions for bfloat16",
+)
+def test_a_machine_with_instructions_for_bfloat16_is_told_nothing():
+    assert python(LOAD).stderr == ""
+
+
+def test_the_command_says_it_before_the_work_starts_and_once(tiny_folder, tmp_path):
+    (tmp_path / "prompts.yml").write_text("- ab\n", encoding="utf-8")
+    command = [sys.executable, "-m", "llama_reports", tmp_path / "prompts.yml", "--dry-run"]
+    options = [*map(str, command), "--dtype", "bfloat16"]
+    told = "Note: bfloat16 takes about"
+    done = subprocess.run(
+        options, capture_output=True, text=True, cwd=ROOT, env=os.environ | SLOWED
+    )
+    assert done.returncode == 0 and done.stderr.count(told) == 1, done.stderr
+    done = subprocess.run(options[:-2], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == ""  # float32: nothing is measured, nothing said
+
+
+def test_float32_is_never_called_slow_and_a_model_is_asked_for_its_own(tiny, monkeypatch):
+    monkeypatch.setattr("helpers.machine._times_float32", lambda *shape: 6.04)
+    assert slow_precision(torch.float32, 576) is None and slow_precision_of(tiny[0]) is None
+    sentence = slow_precision_of(halved()[0])
+    assert sentence.startswith("bfloat16 takes about 6 times as long as float32")
+    assert sentence.count(". ") == 0 and sentence.endswith(".")
+    with pytest.warns(SlowPrecision, match="about 6 times"):
+        attribute(tiny[0], ask(*tiny, "ab"), "saliency", precision="bfloat16")
+    monkeypatch.setattr("helpers.machine._times_float32", lambda *shape: 1.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert slow_precision_of(halved()[0]) is None
+        attribute(tiny[0], ask(*tiny, "ab"), "saliency", precision="bfloat16")
+
+
+def test_loading_in_half_precision_warns_where_it_is_slow(tiny_folder, monkeypatch):
+    monkeypatch.setattr("helpers.machine._times_float32", lambda *shape: 3.2)
+    with pytest.warns(SlowPrecision, match="float16 takes about 3.2 times"):
+        load_model(str(tiny_folder), dtype="float16")
