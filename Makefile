@@ -98,6 +98,7 @@ bench: model $(INSEQ)/ready
 	$(BIN)/python benchmarks/attribution.py --inseq $(INSEQ)/bin/python
 	$(BIN)/python benchmarks/integrated_gradients.py
 	$(BIN)/python benchmarks/planner.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/precision.py
 
 # One process a core, one thread each. Finished prompts are kept in outputs/evidence. Writes the table
 # that the notebooks read, the summary in benchmarks/results.md and docs/evidence.png.

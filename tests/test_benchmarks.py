@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 import captum.attr
+import pandas as pd
 import pytest
 import torch
 
@@ -14,12 +15,14 @@ from helpers import METHODS, ask, attribute
 from helpers.attribution import embed_prompt, objective
 from helpers.faithfulness import evidence_table
 from helpers.ground_truth import FAMILIES, cases, evidence_positions, reciprocal_rank, solved
+from helpers.models import weights_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import attribution as benchmark  # noqa: E402
 import evidence  # noqa: E402
+import precision  # noqa: E402
 import report  # noqa: E402
 from peers import guide  # noqa: E402
 from prompt_sets import questions  # noqa: E402
@@ -167,6 +170,55 @@ def test_the_committed_table_covers_every_family_and_method():
     assert set(METHODS) | {evidence.GUIDE, evidence.CAPTUM} <= set(table["method"])
     prompts = table.groupby("family", observed=True)["case"].nunique()
     assert set(prompts.index) == set(FAMILIES) and prompts.sum() >= 200
+
+
+# --- precisions --------------------------------------------------------------------------------
+
+
+def test_a_model_is_measured_in_every_precision_once_and_others_stay_in_the_table(
+    tiny_folder, tmp_path, monkeypatch
+):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(precision, "KEPT", tmp_path / "kept")
+    out, other = tmp_path / "table.csv", dict.fromkeys(precision.COLUMNS, "another")
+    pd.DataFrame([other]).to_csv(out, index=False)
+    precision.main(model=[str(tiny_folder)], prompts=1, out=out)
+    table = pd.read_csv(out, keep_default_na=False)
+    assert (table.iloc[0] == "another").all()
+    found = table[table["sha256"] == weights_digest(tiny_folder)]
+    assert set(found["precision"]) == set(precision.PRECISIONS)
+    half = found[found["precision"] == "bfloat16"]
+    assert set(half["method"]) == {"", *METHODS}
+    moved = half[half["measure"] == "moved"].set_index("method")["value"].astype(float)
+    assert moved["random"] == 0 and (moved.drop("random") > 0).all()
+    monkeypatch.setattr(precision, "in_precision", None)  # nothing is loaded a second time
+    precision.main(model=[str(tiny_folder)], prompts=1, out=out)
+    assert pd.read_csv(out, keep_default_na=False).equals(table)
+
+
+def test_the_committed_table_of_precisions_is_of_this_model_and_in_the_results(bundled):
+    table = pd.read_csv(precision.TABLE, keep_default_na=False)
+    results = report.RESULTS.read_text(encoding="utf-8")
+    assert weights_digest() in set(table["sha256"])
+    assert all(digest in results for digest in set(table["sha256"]))
+    for _, some in table.groupby("sha256"):
+        assert set(some["precision"]) == set(precision.PRECISIONS)
+        for name in ("bfloat16", "float16"):
+            assert {"", *METHODS} == set(some[some["precision"] == name]["method"])
+    own = table[(table["sha256"] == weights_digest()) & (table["prompt"] == 0)]
+    own = own[(own["precision"] == "bfloat16") & (own["measure"] == "divergence")]
+    model, tokenizer = bundled
+    question = next(
+        q for q in questions(model, tokenizer, "reporting") if len(q.labels) in precision.TOKENS
+    )
+    half = precision.next_logits(
+        precision.in_precision("SmolLM2-135M-Instruct", "bfloat16"), question
+    )
+    exact = precision.next_logits(model, question)
+    found = {what: value for _, what, value in precision.compared((exact, {}), (half, {}))}
+    assert (
+        0.2 < found["divergence"] / own["value"].astype(float).item() < 5
+    )  # digits of half precision
 
 
 # --- the old code and the new ------------------------------------------------------------------

@@ -1,8 +1,12 @@
 """Methods that read one gradient at the prompt."""
 
+import warnings
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from helpers.attribution.engine import Asked
+from helpers.attribution.engine import Asked, frozen
 from helpers.attribution.result import Attribution, attribution, attributions
 
 
@@ -42,3 +46,31 @@ def gradient_x_input(asked: Asked) -> list[Attribution]:
     """
     embeds = asked.embeds[:, :1, : asked.columns]  # [questions, 1, columns, dim]
     return attributions(asked, (gradient(asked) * embeds).sum(dim=-1), evaluations=1)
+
+
+def refuses_gradients(model: Any) -> str | None:
+    """``None`` for a model whose gradient comes back to its tokens, else why it does not.
+
+    Quantised weights may be multiplied by a kernel that has no gradient: on some processors
+    bitsandbytes packs 4 bits for one at the first pass that asks for none. What comes back is then
+    the residual stream's part alone, a wrong number without a word. So a few tokens are tried,
+    where some weights are no floating point numbers: what the last one says must depend on others.
+    """
+    if all(weight.is_floating_point() for weight in model.parameters()):
+        return None
+    table = model.get_input_embeddings()
+    embeds = table(torch.arange(3, 7, device=table.weight.device))[None].detach()
+    with frozen(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of a kernel without a gradient: told below
+        with torch.no_grad():
+            model(inputs_embeds=embeds, use_cache=False)
+        with torch.enable_grad():
+            embeds.requires_grad_(True)
+            said = model(inputs_embeds=embeds, use_cache=False).logits[0, -1].max()
+            (grad,) = torch.autograd.grad(said, embeds)
+    if grad[0, :-1].any():
+        return None
+    return (
+        f"No gradient comes back through the quantised weights of this {type(model).__name__}: "
+        "call train() on its quantised layers, or take another method, such as occlusion."
+    )

@@ -11,7 +11,7 @@ from helpers.attribution.attention import attention, attention_rollout
 from helpers.attribution.control import random
 from helpers.attribution.decomposition import alti_logit, refuses_parts
 from helpers.attribution.engine import Asked, refuses_attending
-from helpers.attribution.gradients import gradient_x_input, saliency
+from helpers.attribution.gradients import gradient_x_input, refuses_gradients, saliency
 from helpers.attribution.path import FIRST_EVALUATIONS, integrated_gradients
 from helpers.attribution.perturbation import occlusion, shapley, takes_all_subsets
 from helpers.attribution.relevance import refuses_rules, relevance
@@ -122,8 +122,21 @@ def _occlusion_price(units: int, tokens: int, options: dict) -> Price:
 
 
 BUILT_IN = [
-    Method("saliency", saliency, _one_gradient, signed=False, reads="gradient"),
-    Method("gradient_x_input", gradient_x_input, _one_gradient, reads="gradient"),
+    Method(
+        "saliency",
+        saliency,
+        _one_gradient,
+        signed=False,
+        refusal=refuses_gradients,
+        reads="gradient",
+    ),
+    Method(
+        "gradient_x_input",
+        gradient_x_input,
+        _one_gradient,
+        refusal=refuses_gradients,
+        reads="gradient",
+    ),
     Method("attention", attention, _one_forward, signed=False, refusal=refuses_attending),
     Method(
         "attention_rollout",
@@ -146,6 +159,7 @@ BUILT_IN = [
         integrated_gradients,
         _path_price,
         adds_up=True,
+        refusal=refuses_gradients,
         options=_path_options,
     ),
     Method("occlusion", occlusion, _occlusion_price, additive=False),

@@ -9,6 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from toys import SHAPE
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from helpers import METHODS, InputError, ask, attribute, attribute_all, load_model, tiny_llama
 from helpers.attribution.engine import working_precision
@@ -165,6 +172,81 @@ def test_scores_without_notebooks_have_an_error_row_and_the_command_ends_with_1(
         assert rows["error"].notna().sum() == errors
         assert rows["error"].dropna().str.contains("not finite").all()
         assert (out / "scores").exists() == (not errors)
+
+
+# --- quantised weights -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tiny, tmp_path_factory):
+    """A toy as wide as the blocks of 64 weights that 4 bits come in."""
+    config = LlamaConfig(
+        **SHAPE | {"hidden_size": 128, "intermediate_size": 256, "vocab_size": len(tiny[1])}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    for part in (model, tiny[1]):
+        part.save_pretrained(folder)
+    return folder
+
+
+def quantised(folder, bits):
+    """A toy with quantised weights, and its layers of 4 bits."""
+    modules = pytest.importorskip("bitsandbytes.nn")
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=config
+    )
+    layers = [module for module in loaded.modules() if type(module) is modules.Linear4bit]
+    return loaded.requires_grad_(False).eval(), layers
+
+
+GRADIENT = ["saliency", "gradient_x_input", "integrated_gradients"]
+
+
+@pytest.mark.parametrize("method", GRADIENT)
+def test_a_kernel_without_a_gradient_is_refused_and_not_believed(wide_folder, tiny, method):
+    model, layers = quantised(wide_folder, 4)
+    if not layers[0].support_avx512bf16_for_cpu:
+        pytest.skip("bitsandbytes packs 4 bits on processors with AVX512-BF16 only")
+    question = ask(model, tiny[1], "the keys")  # packs the weights
+    with pytest.raises(InputError, match=r"No gradient comes back .* train\(\) on its quantised"):
+        attribute(model, question, method)
+    with pytest.raises(InputError, match="No gradient comes back"):
+        list(attribute_all(model, [question], [method]))
+    assert attribute(model, question, "occlusion").scores.isfinite().all()
+    for layer in layers:
+        layer.train()
+    unpacked = attribute(model, question, method).scores
+    expected = attribute(widened(model, wide_folder), question, method).scores
+    assert (unpacked - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("method", GRADIENT[:2])
+def test_the_gradient_through_8_bits_is_near_that_of_the_weights(wide_folder, tiny, method):
+    model, _ = quantised(wide_folder, 8)
+    question = ask(model, tiny[1], "the keys")
+    scores = attribute(model, question, method).scores
+    expected = attribute(widened(model, wide_folder), question, method).scores
+    assert (scores - expected).abs().max() < 0.1 * expected.abs().max()  # activations are rounded
+
+
+def widened(model, folder):
+    """A toy in float32 with the weights that a quantised one stands for."""
+    exact, _ = load_model(str(folder))
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            from bitsandbytes.functional import dequantize_4bit
+
+            exact.get_submodule(name).weight.data = dequantize_4bit(module.weight.data, state)
+        elif hasattr(getattr(module, "weight", None), "SCB"):
+            weight, scale = module.weight.data, module.state.SCB
+            scale = module.weight.SCB if scale is None else scale
+            exact.get_submodule(name).weight.data = weight.float() * scale[:, None] / 127
+    return exact
 
 
 # --- what this machine is slow at --------------------------------------------------------------
