@@ -72,5 +72,6 @@ def refuses_gradients(model: Any) -> str | None:
         return None
     return (
         f"No gradient comes back through the quantised weights of this {type(model).__name__}: "
-        "call train() on its quantised layers, or take another method, such as occlusion."
+        "load it again and call train() on its quantised layers before its first pass, or take "
+        "another method, such as occlusion."
     )
