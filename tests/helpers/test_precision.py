@@ -134,17 +134,16 @@ def test_a_foil_that_is_the_models_own_answer_comes_back_open(dtype):
 # --- numbers that are not finite ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"random", "alti_logit", "relevance"}))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_what_overflows_in_float16_is_an_error_and_never_a_score(method):
     model, tokenizer = overflowing()
     exact = attribute(model, ask(model, tokenizer, "Riga", target="a"), method)
     assert exact.scores.isfinite().all()
     model = model.to(torch.float16)
     question = ask(model, tokenizer, "Riga", target="a")
-    with pytest.raises(InputError, match=f"{method} are not finite.* float32") as error:
+    with pytest.raises(InputError, match=f"{method} (are not finite.* float32|cannot run)"):
         attribute(model, question, method)
-    assert error.value.field == "scores"
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(InputError, match="not finite|cannot run"):
         list(attribute_all(model, [read_question(tokenizer, "ab", model=model)], [method]))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from compare_outputs import differences
+from compare_outputs import SLOW, differences
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,6 +59,7 @@ def test_a_difference_is_named_with_its_line():
 
 TABLE = "from IPython.display import HTML\nHTML('<td>0.25</td>')"
 SUM = "print('sum 0.25')"
+WARN = f"import warnings\nclass {SLOW}(UserWarning): pass\nwarnings.warn('9 times', {{}})\n{SUM}"
 
 
 def table(html):
@@ -83,6 +84,8 @@ CELLS = {
     "a missing line": (SUM, [printed("sum 0.25\nmean 0.5\n")], [], "FAILED"),
     "a missing output": ("None", [printed("sum 0.25\n")], [], "FAILED"),
     "an output too many": (SUM, [], [], "FAILED"),
+    "a slow machine": (WARN.format(SLOW), [printed("sum 0.25\n")], [], "PASSED"),
+    "another warning": (WARN.format("UserWarning"), [printed("sum 0.25\n")], [], "FAILED"),
     "a missing table": (TABLE, [table("<td>0.25</td>")] * 2, [], "FAILED"),
 }
 
