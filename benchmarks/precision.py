@@ -6,7 +6,7 @@ helpers/data/precision.csv, and a summary in results.md. The prompts are reporti
 nothing was tuned. Every finished prompt is kept in outputs/precision as it is made, and is not made
 again by the next run: delete that folder to start over.
 
-    python benchmarks/precision.py                       the bundled model, a quarter of an hour
+    python benchmarks/precision.py                       the bundled model, five minutes
     python benchmarks/precision.py --model model.gguf    another one; what is kept of others stays
 """
 
@@ -127,8 +127,13 @@ def measure(name, prompts):
                 part.parent.mkdir(parents=True, exist_ok=True)
                 pd.DataFrame(rows, columns=COLUMNS).to_csv(part, index=False)
                 print(precision, question.prompt, file=sys.stderr)
-            found.append(pd.read_csv(part, keep_default_na=False))
+            found.append(_read(part))
     return pd.concat(found, ignore_index=True)
+
+
+def _read(path):
+    """A table; what is of no method has an empty text there."""
+    return pd.read_csv(path).fillna({"method": ""})
 
 
 def _digest(name):
@@ -205,7 +210,7 @@ def main(
     warnings.simplefilter("ignore", SlowPrecision)  # this benchmark takes the time it takes
     found = pd.concat([measure(name, prompts) for name in model or [BUNDLED]])
     if out.exists():
-        before = pd.read_csv(out, keep_default_na=False)
+        before = _read(out)
         found = pd.concat([before[~before["sha256"].isin(found["sha256"])], found])
     found.to_csv(out, index=False, float_format="%.4g")
     if out == TABLE:

@@ -183,7 +183,7 @@ def test_a_model_is_measured_in_every_precision_once_and_others_stay_in_the_tabl
     out, other = tmp_path / "table.csv", dict.fromkeys(precision.COLUMNS, "another")
     pd.DataFrame([other]).to_csv(out, index=False)
     precision.main(model=[str(tiny_folder)], prompts=1, out=out)
-    table = pd.read_csv(out, keep_default_na=False)
+    table = precision._read(out)
     assert (table.iloc[0] == "another").all()
     found = table[table["sha256"] == weights_digest(tiny_folder)]
     assert set(found["precision"]) == set(precision.PRECISIONS)
@@ -193,11 +193,11 @@ def test_a_model_is_measured_in_every_precision_once_and_others_stay_in_the_tabl
     assert moved["random"] == 0 and (moved.drop("random") > 0).all()
     monkeypatch.setattr(precision, "in_precision", None)  # nothing is loaded a second time
     precision.main(model=[str(tiny_folder)], prompts=1, out=out)
-    assert pd.read_csv(out, keep_default_na=False).equals(table)
+    assert precision._read(out).equals(table)
 
 
 def test_the_committed_table_of_precisions_is_of_this_model_and_in_the_results(bundled):
-    table = pd.read_csv(precision.TABLE, keep_default_na=False)
+    table = precision._read(precision.TABLE)
     results = report.RESULTS.read_text(encoding="utf-8")
     assert weights_digest() in set(table["sha256"])
     assert all(digest in results for digest in set(table["sha256"]))
