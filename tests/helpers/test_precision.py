@@ -143,7 +143,7 @@ def test_what_overflows_in_float16_is_an_error_and_never_a_score(method):
     question = ask(model, tokenizer, "Riga", target="a")
     with pytest.raises(InputError, match=f"{method} (are not finite.* float32|cannot run)"):
         attribute(model, question, method)
-    with pytest.raises(InputError, match="not finite|cannot run"):
+    with pytest.raises(InputError, match=r"not finite|cannot run"):
         list(attribute_all(model, [read_question(tokenizer, "ab", model=model)], [method]))
 
 
