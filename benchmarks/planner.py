@@ -67,7 +67,7 @@ def measured(model, method, length):
 
 
 def measure_all(model, lengths):
-    from llama_reports.estimate import measure, model_shape, needs  # not what is measured
+    from llama_reports.costs import measure, model_shape, needs  # not what is measured
 
     machine = measure(model_shape(model))
     name = public_name(model)

@@ -23,15 +23,8 @@ from helpers.attribution.methods import BUILT_IN
 from helpers.errors import InputError
 from helpers.machine import SlowPrecision
 from helpers.models import BUNDLED
-from llama_reports.estimate import (
-    estimate,
-    long_run,
-    measure,
-    model_shape,
-    needs,
-    refuse_what_does_not_fit,
-    slow_dtype,
-)
+from llama_reports.costs import measure, model_shape, needs, slow_dtype
+from llama_reports.estimate import estimate, long_run, refuse_what_does_not_fit
 from llama_reports.files import only_writer, read_mapping
 from llama_reports.gallery import write_index
 from llama_reports.jobs import DEFAULT_NOTEBOOK, finished, plan

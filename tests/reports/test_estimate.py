@@ -25,27 +25,29 @@ from helpers.attribution.engine import frozen
 from helpers.faithfulness import against_random
 from helpers.models import BUNDLED
 from llama_reports.command import app
-from llama_reports.estimate import (
-    ENOUGH,
-    LONG,
+from llama_reports.costs import (
     MARGIN,
     PARTS,
-    PROCESS,
-    START,
     Machine,
     Size,
-    estimate,
     forward,
     gradient,
-    long_run,
     measure,
     methods_work,
     model_shape,
     needs,
     priced,
+    work,
+)
+from llama_reports.estimate import (
+    ENOUGH,
+    LONG,
+    PROCESS,
+    START,
+    estimate,
+    long_run,
     refuse_what_does_not_fit,
     report_work,
-    work,
 )
 from llama_reports.jobs import plan
 
@@ -438,7 +440,7 @@ def free(monkeypatch):
     """A function that sets how many bytes the machine has free."""
 
     def free(number):
-        for module in ("llama_reports.estimate", "helpers.models"):
+        for module in ("llama_reports.costs", "helpers.models"):
             monkeypatch.setattr(f"{module}.free_memory", lambda device: number)
 
     return free

@@ -72,7 +72,7 @@ ASKED = """
 import json
 from helpers import METHODS, ask, attribute, tiny_llama
 from helpers.attribution import BUDGET
-from llama_reports.estimate import Size, forward, methods_work, model_shape
+from llama_reports.costs import Size, forward, methods_work, model_shape
 import sys
 
 model, tokenizer = tiny_llama()
