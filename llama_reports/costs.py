@@ -357,7 +357,7 @@ def model_shape(model: str | Path, dtype: str = "float32") -> Shape:
     active = sum(
         numbers[name] * _share(config, name)
         for name, shape in tensors.items()
-        if len(shape) in (2, 3) and _LAYER.search(name)
+        if len(shape) in (2, 3) and _LAYER.search(name) and not name.endswith("bias")
     )
     return Shape(
         layers=config.num_hidden_layers,

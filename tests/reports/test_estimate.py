@@ -108,7 +108,7 @@ def test_sizes_of_other_families_are_read_off_the_headers_of_their_files(tiny, t
         cls, config, more = EXPERTS[family]
         more |= {"num_experts_per_tok": 2, "vocab_size": len(tiny[1]), "pad_token_id": 0}
         model = cls(config(**(GROUPED | more))).eval()
-        model.set_experts_implementation("eager")  # whose products are there to be counted
+    model.set_experts_implementation("eager")  # whose products are there to be counted
     model.save_pretrained(tmp_path)
     model.set_attn_implementation("eager")
     shape = model_shape(tmp_path)
@@ -155,6 +155,7 @@ def test_operations_of_a_pass_are_those_that_torch_counts(tiny, shape):
 def test_operations_of_a_method_are_about_those_that_torch_counts(tiny, shape, method, length):
     model, tokenizer = tiny
     question = ask(model, tokenizer, "a" * length, target="b")
+    assert METHODS[method].refusal(model) is None  # the model is tried before it is counted
     real = counted(lambda: attribute(model, question, method, budget=BUDGET))
     # the last of the toy's two layers is cut short, which a real model hardly notices
     assert 0.5 < real / methods_work(shape, Size(length, length), [method])[0] < 1.3
