@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from helpers.architectures import Norm, output_projection, places_of, stack_of
@@ -23,7 +24,7 @@ from helpers.attribution.result import Attribution, attributions
 from helpers.errors import InputError
 
 MISSED, MISSED_IN_HALF = 1e-3, 0.1  # parts that miss more are not the model's
-VECTORS_AT_ONCE = 2**24  # numbers in what one layer moves between positions, held in memory
+VECTORS_AT_ONCE = 2**21  # numbers in what one layer moves between positions: they stay in a cache
 
 
 def alti_logit(asked: Asked) -> list[Attribution]:
@@ -274,11 +275,12 @@ def _shares(states, weights, carried):
     for some in torch.arange(seq, device=states.device).split(
         max(1, VECTORS_AT_ONCE // seq // dim)
     ):
-        moved = torch.einsum("hij,hjd->ijd", weights[:, some], carried)  # [some, seq, dim]
+        end = int(some[-1]) + 1  # nothing comes from behind
+        moved = torch.einsum("hij,hjd->ijd", weights[:, some, :end], carried[:, :end])
         brought.append(moved.sum(dim=1))
         moved[range(len(some)), some] += states[some]  # the residual connection
         total = moved.sum(dim=1, keepdim=True)
-        nearer = total.abs().sum(dim=-1) - (total - moved).abs().sum(dim=-1)
-        shares.append(nearer.clamp_min(0))
+        nearer = total.abs().sum(dim=-1) - moved.sub_(total).abs_().sum(dim=-1)  # [some, end]
+        shares.append(F.pad(nearer.clamp_min(0), (0, seq - end)))
     shares = torch.cat(shares)
     return shares / shares.sum(dim=-1, keepdim=True).clamp_min(1e-12), torch.cat(brought)
