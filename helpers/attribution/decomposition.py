@@ -49,20 +49,17 @@ def alti_logit(asked: Asked) -> list[Attribution]:
     moved = torch.zeros(questions, len(asked.positions))
     for row in range(questions):
         asked.look(asked.positions[None], length)
-        seen = [_run(asked.model, text[None]) for text in asked.embeds[row]]
-        hidden = torch.stack(
-            [
-                seen[text].read[position]
-                for text, position in zip(asked.text_of.tolist(), asked.positions, strict=True)
-            ]
-        )  # [outputs, dim]
-        directions = asked.slopes(hidden[None], torch.tensor([row]))[0]
+        mine = [(asked.text_of == text).nonzero()[:, 0] for text in range(texts)]
+        seen = [
+            _run(asked.model, text[None], asked.positions[some])
+            for text, some in zip(asked.embeds[row], mine, strict=True)
+        ]
+        hidden = torch.cat([each.read for each in seen])[torch.cat(mine).argsort()]
+        directions = asked.slopes(hidden[None], torch.tensor([row]))[0]  # [outputs, dim]
         moved[row] = (directions.float() * hidden.float()).sum(dim=1)
-        for text in range(texts):
-            some = (asked.text_of == text).nonzero()[:, 0]
+        for some, each in zip(mine, seen, strict=True):
             read = directions[some.to(directions.device)].float()
-            found = _parts(asked.model, seen[text], asked.positions[some], read)
-            scores[row, some] = found.cpu()
+            scores[row, some] = _parts(asked.model, each, read).cpu()
     totals = scores.sum(dim=2)
     if not asked.each:
         scores, totals, moved = (some.sum(dim=1, keepdim=True) for some in (scores, totals, moved))
@@ -84,10 +81,9 @@ def refuses_parts(model: Any) -> str | None:
 
 def _refusal(model):
     try:
-        seen = _run(model, few_tokens(model))
-        last = torch.tensor([len(seen.states[0]) - 1])
-        read = seen.read[last].float()
-        found, expected = _parts(model, seen, last, read.sign()).sum(), read.abs().sum()
+        seen = _run(model, few_tokens(model), torch.tensor([-1]))
+        read = seen.read.float()
+        found, expected = _parts(model, seen, read.sign()).sum(), read.abs().sum()
         fits = abs(found - expected) <= _tolerance(model)[0] * expected
         return None if fits else str(_otherwise(model, "its parts do not add up"))
     except InputError as error:
@@ -110,28 +106,77 @@ def _tolerance(model):
 
 
 class Seen(NamedTuple):
-    """What one forward pass of one text passed through, in float32 but for ``read``.
+    """What some positions of one text read in one forward pass, in float32 but for ``read``.
 
-    ``states`` [seq, dim] before each layer and behind the last one. For each layer ``attended``:
-    the attention, its weights [heads, seq, seq] and its values [kv heads, seq, head_dim]; and how
-    it adds to the stream.
+    Which ``token`` each is, [positions, seq], and its embedding; the last state before the last
+    norm, [positions, dim] each; a ``Part`` for each layer; of which tokens each position is made
+    in the end, [positions, seq]; and what the output layer reads there, [positions, dim].
     """
 
-    states: list[Tensor]
-    attended: list[tuple[nn.Module, Tensor, Tensor]]
-    layers: list["Layer"]
+    token: Tensor
+    first: Tensor
+    final: Tensor
+    parts: list["Part"]
+    mixed: Tensor
     read: Tensor
 
 
-def _run(model, embeds):
-    """One forward pass of embeds [1, seq, dim], watched: ``Seen``."""
-    seen, home = Seen([], [], [], embeds), embeds.device  # of layers on several devices
-    passed: list[tuple[nn.Module, Tensor | None, Tensor]] = []  # parts, what each was given, gave
+class Part(NamedTuple):
+    """What one layer brought to some positions of a text.
+
+    By ``attention`` with ``rows`` [heads, positions, seq] of its weights, scaled, from ``value``
+    [kv heads, seq, head_dim] through ``post``, a norm or none; ``before`` [seq, seq] says of which
+    tokens each position was made. And the ``rest`` [positions, dim], of the tokens in ``mixed``
+    [positions, seq].
+    """
+
+    attention: nn.Module
+    rows: Tensor
+    value: Tensor
+    post: Norm | None
+    before: Tensor
+    rest: Tensor
+    mixed: Tensor
+
+
+def _run(model, embeds, positions):
+    """One forward pass of embeds [1, seq, dim], watched at ``positions``: ``Seen``.
+
+    A layer is taken apart as soon as it has run, so that its maps are not held until the end.
+    """
+    home = embeds.device  # of layers on several devices
+    mixed = torch.eye(embeds.shape[1], device=home)
+    token = mixed[positions]
+    states: list[Tensor] = []  # [seq, dim] before the layer that runs
+    attended: list[tuple[nn.Module, Tensor, Tensor]] = []  # in it, its weights and its values
+    passed: list[tuple[nn.Module, Tensor | None, Tensor]] = []  # what its parts were given and gave
+    parts: list[Part] = []
+    firsts: list[Tensor] = []
 
     def keep_state(module, args):
-        seen.states.append(args[0][0].float().to(home))
-        if len(seen.states) > 1:
-            seen.layers.append(_taken_apart(model, seen.attended[-1][0], *seen.states[-2:], passed))
+        nonlocal mixed
+        states.append(args[0][0].float().to(home))
+        if len(states) == 1:
+            firsts.append(states[0][positions])
+            return
+        before, after = states
+        (attention, weights, value) = attended.pop()
+        layer = _taken_apart(model, attention, before, after, passed)
+        weights = weights * layer.scale
+        blocks, bias = _blocks(model, attention, len(weights))
+        carried = torch.einsum("hsw,dhw->hsd", _by_head(value, weights), blocks)
+        if layer.post is not None:
+            gain = layer.post.gain.to(home)
+            carried, bias = layer.post.centre(carried) * gain, layer.post.centre(bias) * gain
+        shares, brought = _shares(before, weights, carried)
+        found = (brought + layer.scale * bias)[positions]
+        _near(model, found, layer.brought[positions], after[positions])
+        rest, earlier = (after - before - brought)[positions], mixed
+        mixed = shares @ mixed
+        fed = (earlier if layer.parallel else mixed)[positions]
+        rows = weights[:, positions]
+        parts.append(Part(attention, rows, value, layer.post, earlier, rest, fed))
+        del states[0]
         passed.clear()
 
     def keep_part(module, args, out):
@@ -141,7 +186,7 @@ def _run(model, embeds):
 
     def keep_weights(module, query, key, value, mask, **options):
         weights = attention_weights(query, key, mask, **options)[0].to(home)
-        seen.attended.append((module, weights, value[0].float().to(home)))
+        attended.append((module, weights, value[0].float().to(home)))
         return sdpa(module, query, key, value, mask, **options)
 
     layers, norm = stack_of(model)
@@ -153,37 +198,32 @@ def _run(model, embeds):
         hooks.enter_context(norm.register_forward_pre_hook(keep_state))
         hooks.enter_context(attending(model, keep_weights))
         with torch.inference_mode():
-            states = last_states(model, embeds)
-    return seen._replace(read=states[0].to(home).clone())  # not an inference tensor any more
+            read = last_states(model, embeds)[0].to(home)[positions]
+    # not an inference tensor any more
+    return Seen(token, *firsts, states[0][positions], parts, mixed[positions], read.clone())
 
 
-def _parts(model: Any, seen: Seen, positions: Tensor, directions: Tensor) -> Tensor:
-    """What each token of one text put into some states after the last norm: [outputs, length].
+def _parts(model: Any, seen: Seen, directions: Tensor) -> Tensor:
+    """What each token of one text put into the states that ``seen`` read: [positions, seq].
 
-    Output i reads ``directions[i]`` [dim] at ``positions[i]``.
+    Each is read by one of ``directions`` [positions, dim].
     """
-    norms, final = places_of(model).norms, seen.states[-1]
-    norm = norms[stack_of(model).norm]
-    mixed = torch.eye(len(final), device=final.device)  # of which tokens each position is made
-    constant = (directions * norm.bias.to(final.device)).sum(dim=1, keepdim=True)
-    directions = norm.centre(directions * norm.slope(norm.centre(final[positions])))
-    own = (seen.states[0][positions] * directions).sum(dim=1, keepdim=True)
-    scores = own * mixed[positions]
-    for before, after, (attention, weights, value), layer in zip(
-        seen.states[:-1], seen.states[1:], seen.attended, seen.layers, strict=True
-    ):
-        weights = weights * layer.scale
-        carried, bias = _carried(model, attention, value, len(weights), layer.post)
-        read = torch.einsum("hjd,od->ohj", carried, directions)
-        from_each = (weights[:, positions].transpose(0, 1) * read).sum(dim=1)  # [outputs, length]
-        scores = scores + from_each @ mixed
-        shares, brought = _shares(before, weights, carried)
-        found = brought + layer.scale * bias
-        _near(model, found[positions], layer.brought[positions], after[positions])
-        earlier, mixed = mixed, shares @ mixed
-        rest = ((after - before - brought)[positions] * directions).sum(dim=1, keepdim=True)
-        scores = scores + rest * (earlier if layer.parallel else mixed)[positions]
-    return scores + constant * mixed[positions]
+    norm = places_of(model).norms[stack_of(model).norm]
+    constant = (directions * norm.bias.to(directions.device)).sum(dim=1, keepdim=True)
+    directions = norm.centre(directions * norm.slope(norm.centre(seen.final)))
+    own = (seen.first * directions).sum(dim=1, keepdim=True)
+    scores = constant * seen.mixed + own * seen.token
+    for part in seen.parts:
+        read = directions
+        if part.post is not None:
+            read = part.post.centre(directions * part.post.gain.to(directions.device))
+        blocks, _ = _blocks(model, part.attention, len(part.rows))
+        read = torch.einsum("od,dhw->ohw", read, blocks)
+        read = torch.einsum("ohw,hsw->ohs", read, _by_head(part.value, part.rows))
+        from_each = (part.rows.transpose(0, 1) * read).sum(dim=1)  # [positions, seq]
+        scores = scores + from_each @ part.before
+        scores = scores + (part.rest * directions).sum(dim=1, keepdim=True) * part.mixed
+    return scores
 
 
 class Layer(NamedTuple):
@@ -244,23 +284,22 @@ def _near(model, found, expected, stream):
         raise _otherwise(model, "one adds something else to the stream than its parts do")
 
 
-def _carried(model, attention, value, heads, post):
-    """What each head would add from each position at weight one [heads, seq, dim], and a bias."""
+def _blocks(model, attention, heads):
+    """What reads each head, [dim, heads, head_dim], and its bias, [dim] or [1]."""
     projection = output_projection(attention)
     if projection is None:
         raise _otherwise(model, "what comes out of an attention goes through no plain matrix")
     with align_module_device(projection):  # what is offloaded comes for as long
-        weight = projection.weight.detach().float().to(value.device)
-        bias = projection.bias
-        bias = weight.new_zeros(1) if bias is None else bias.detach().float().to(weight)
+        home = model.get_input_embeddings().weight.device
+        weight, bias = projection.weight.detach().float().to(home), projection.bias
+        bias = weight.new_zeros(1) if bias is None else bias.detach().float().to(home)
     weight = weight.T if isinstance(projection, Conv1D) else weight
-    value = value.repeat_interleave(heads // len(value), dim=0)  # [heads, seq, head_dim]
-    blocks = weight.reshape(len(weight), heads, -1)  # [dim, heads, head_dim]
-    carried = torch.einsum("hsw,dhw->hsd", value, blocks)
-    if post is None:
-        return carried, bias
-    gain = post.gain.to(carried.device)
-    return post.centre(carried) * gain, post.centre(bias) * gain
+    return weight.reshape(len(weight), heads, -1), bias
+
+
+def _by_head(value, weights):
+    """Values [kv heads, seq, head_dim] as [heads, seq, head_dim], as many as ``weights`` has."""
+    return value.repeat_interleave(len(weights) // len(value), dim=0)
 
 
 def _shares(states, weights, carried):
