@@ -167,9 +167,7 @@ def main(lengths):
     text = [
         "What `llama-reports plan` says before anything is loaded, and what a process then takes: "
         "processor time of one thread after a first call, and the most memory from its start to "
-        "its end. Each method has a report's budget. Constants were set on another text. A peak "
-        "that does not change with the length is that of loading: the output layer, where it is a "
-        "matrix of its own, is then looked through for numbers that are not finite."
+        "its end. Each method has a report's budget. Constants were set on another text."
     ]
     for name, shown in names.items():
         text.append(section(shown, [row for row in kept() if row["model"] == name]))

@@ -47,11 +47,11 @@ TOY_LAYERS = 3  # of the toy: two, and about one more in what stands around them
 ROUNDS = 6  # of passes in which a method of many gradients asks for them
 EFFICIENCY = 0.85  # of the rate of matrix products, over all that a pass does
 READING = 0.5  # of the speed at which one large matrix is read, over the weights of all layers
-MAP = 6, 3  # passes over an attention map, and over what ALTI moves: in a cache, and beyond
+MAP = 6, 3  # passes over an attention map: in a cache, and beyond
+MOVED = 3.4  # and over what ALTI moves, which stays in a cache
 IN_CACHE = 2**23  # numbers that the C library keeps for the next tensor; larger ones are new pages
-VECTORS = 2**24  # numbers of what ALTI moves that it forms at a time, in three copies
+VECTORS = 2**21  # numbers of what ALTI moves that it forms at a time, in three copies
 PYTHON = 405_000_000, 1200  # of one that has imported helpers alone, and those a token it knows
-LOOKED_THROUGH = 3  # bytes a number, beside its absolute value: is it finite?
 PARTS = ("way back", "passing by", "maps", "logits")  # of a method's memory
 MARGIN = 1.25  # by which the memory may be wrong, as measured: see benchmarks/planner.py
 
@@ -96,13 +96,8 @@ class Shape:
 
     @property
     def loading(self) -> int:
-        """Bytes that loading takes for a while beside the weights.
-
-        The file, where it is converted; then a large tensor is looked through.
-        """
-        last = self.output_layer if self.mapped else self.embeddings
-        looked_through = int((self.itemsize + LOOKED_THROUGH) * last)
-        return max(looked_through, 0 if self.mapped else self.stored)
+        """Bytes that loading takes for a while beside the weights: the file, if it is converted."""
+        return 0 if self.mapped else self.stored
 
     def token(self, kind: str) -> int:
         """Bytes that a token takes in a pass that keeps a ``"gradient"``, or only goes ``"by"``.
@@ -495,9 +490,9 @@ def priced(shape: Shape, price: Price, size: Size, rows: int = 1) -> np.ndarray:
     if price.maps:  # queries by keys, and the map by what flowed in before
         operations = 2 * shape.heads * shape.head_dim * seq**2 + 2 * seq**3
         found += work(layers * operations) + _one_by_one(layers, shape.heads * seq**2)
-    if price.vectors:
-        operations = 2 * shape.heads * shape.width * seq**2
-        found += work(layers * operations) + _one_by_one(layers, shape.width * seq**2)
+    if price.vectors:  # each position by those at or before it
+        operations = shape.heads * shape.width * seq**2
+        found += work(layers * operations, near=layers * shape.width * seq**2 / 2 * MOVED)
     return found
 
 
@@ -553,10 +548,8 @@ def memory(
     if price.maps:
         maps += numbers * 4 * 3  # of one text: queries by keys, without what is not seen, softmax
         maps += (rows * 3 + 1) * seq**2 * 4
-    if price.maps == math.inf:
-        layer = numbers + seq * (2 * shape.width + shape.key_value_heads * shape.head_dim)
-        maps += 4 * layer * (shape.layers - 1)
-    if price.vectors:
+    if price.vectors:  # of every layer what each position was made of, and the values
+        maps += 4 * shape.layers * seq * (seq + shape.key_value_heads * shape.head_dim)
         maps += 3 * 4 * max(min(VECTORS, seq**2 * shape.width), seq * shape.width)
         maps += 4 * shape.heads * seq * shape.width
     logits = 2 * min(LOGITS_AT_ONCE["cpu"], rows * size.outputs * shape.vocabulary) * 4

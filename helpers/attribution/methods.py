@@ -1,6 +1,5 @@
 """The methods: each one says all about itself in one record."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,8 +27,8 @@ class Price:
 
     ``share`` is the part of a forward row that is really run, in the mean: rows share what comes
     before their first change. ``kept`` is what a gradient keeps for its way back, over what a plain
-    one does. ``maps`` is of how many layers attention maps [heads, tokens, tokens] are held
-    together, ``math.inf`` for all. With ``vectors`` a row is run by itself, and each layer forms
+    one does. With ``maps`` a layer's attention maps are formed, [heads, tokens, tokens]. With
+    ``vectors`` a row is run by itself, and each layer forms
     what every position moves to every other, [tokens, tokens, width].
     """
 
@@ -37,7 +36,7 @@ class Price:
     forwards: float = 0
     share: float = 1.0
     kept: float = 1.0
-    maps: float = 0
+    maps: bool = False
     vectors: bool = False
 
 
@@ -88,11 +87,11 @@ def _relevance_price(units: int, tokens: int, options: dict) -> Price:
 
 
 def _rollout_price(units: int, tokens: int, options: dict) -> Price:
-    return Price(forwards=1, maps=1)
+    return Price(forwards=1, maps=True)
 
 
 def _alti_price(units: int, tokens: int, options: dict) -> Price:
-    return Price(forwards=1, maps=math.inf, vectors=True)
+    return Price(forwards=1, maps=True, vectors=True)
 
 
 def _path_options(units: int, tokens: int, budget: int) -> dict:
