@@ -44,7 +44,7 @@ def measured(device="cpu"):
     result = SimpleNamespace()
     if device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        before = _status("VmRSS")
+        before = memory_status("VmRSS")
     else:
         torch.accelerator.reset_peak_memory_stats()
         before = torch.accelerator.memory_allocated()
@@ -53,11 +53,12 @@ def measured(device="cpu"):
     if device != "cpu":
         torch.accelerator.synchronize()
     result.seconds = time.perf_counter() - began
-    peak = _status("VmHWM") if device == "cpu" else torch.accelerator.max_memory_allocated()
+    peak = memory_status("VmHWM") if device == "cpu" else torch.accelerator.max_memory_allocated()
     result.bytes = max(0, peak - before)
 
 
-def _status(field):
+def memory_status(field):
+    """Bytes that /proc says of this process, such as VmHWM: the most that it has held."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024

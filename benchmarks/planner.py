@@ -16,7 +16,6 @@ import argparse
 import csv
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from helpers.attribution import BUDGET
 from helpers.models import BUNDLED, public_name
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
+from machine import memory_status
 from prompt_sets import question_of
 
 KEPT = Path(__file__).parents[1] / "outputs" / "benchmarks" / "planner.csv"
@@ -62,7 +62,8 @@ def measured(model, method, length):
     return {
         "rows": result.evaluations + result.forwards,
         "seconds": time.process_time() - began,
-        "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        # not ru_maxrss, which begins with what the process held that started this one
+        "bytes": memory_status("VmHWM"),
     }
 
 

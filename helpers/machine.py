@@ -33,11 +33,13 @@ def slow_precision(
 
     Half precision is fast where a processor has instructions for it, and emulated where it has
     none. So a matrix product of a model's ``width`` is timed in both, on ``device`` and as many
-    ``threads``, by default torch's: about 0.1 s, and once in a process.
+    ``threads``, by default torch's: about 0.1 s, and once in a process. A narrow one is timed as
+    one of 512, since it would be the call that is timed.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return None
-    ratio = _times_float32(dtype, min(width, 1024), str(device), threads or torch.get_num_threads())
+    width = min(max(width, 512), 1024)
+    ratio = _times_float32(dtype, width, str(device), threads or torch.get_num_threads())
     if ratio < SLOWER:
         return None
     return (
@@ -58,9 +60,13 @@ def warn_if_slow(sentence: str | None) -> None:
 
     A warning of a category of its own goes to stderr, once in a process, can be turned off by one
     line, and is no part of a notebook's printed results, which must be the same on every machine.
+    No path of this machine is in it, as a report would show that.
     """
     if sentence is not None:
-        warnings.warn(sentence, SlowPrecision, stacklevel=3)
+        warnings.warn_explicit(sentence, SlowPrecision, "helpers.machine", 0, registry=_warned)
+
+
+_warned: dict = {}  # what has been said in this process
 
 
 @lru_cache

@@ -432,7 +432,8 @@ def measure(shape: Shape, dtype: str = "float32", threads: int = 1) -> Machine:
     )
 
 
-def device_of_runs():
+def device_of_runs() -> torch.device:
+    """The accelerator where there is one, else the processor."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
@@ -557,7 +558,9 @@ def memory(
     return {part: int(bytes_) for part, bytes_ in zip(PARTS, held, strict=True)}
 
 
-def most_held(shape, methods, size, rows=1, least=False):
+def most_held(
+    shape: Shape, methods: Iterable[str], size: Size, rows: int = 1, least: bool = False
+) -> int:
     """Bytes that the most demanding of some methods holds on prompts of one size."""
     found = 0
     for name in methods:
@@ -573,22 +576,26 @@ def most_held(shape, methods, size, rows=1, least=False):
 # --- in words ----------------------------------------------------------------------------------
 
 
-def rates_in_words(machine):
+def rates_in_words(machine: Machine) -> str:
+    """What a time rests on."""
     return (
         f"the methods' rows by token counts, and this machine's {machine.flops / 1e9:,.0f} GFLOP/s "
         f"and {machine.bandwidth / 1e9:,.1f} GB/s a worker, measured now."
     )
 
 
-def in_bytes(number):
+def in_bytes(number: float) -> str:
+    """A number of bytes, with its unit."""
     return tqdm.format_sizeof(number, "B")
 
 
-def counted(number, noun):
+def counted(number: int, noun: str) -> str:
+    """A number of things."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def in_time(seconds):
+def in_time(seconds: float) -> str:
+    """A time, in the largest unit that it has two of."""
     for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

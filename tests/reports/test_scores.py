@@ -357,7 +357,9 @@ def test_numbers_that_are_not_finite_are_an_error_of_each_prompt(tiny, tmp_path)
     assert not (tmp_path / "scores").exists()
 
 
-@pytest.mark.parametrize("name, missing", [("gpt-neox", ["relevance"]), ("a sliding window", [])])
+@pytest.mark.parametrize(
+    "name, missing", [("attention sinks", ["relevance"]), ("a sliding window", [])]
+)
 def test_of_the_methods_that_nobody_named_those_run_that_the_model_supports(
     tiny, tmp_path, name, missing
 ):
