@@ -359,6 +359,7 @@ def test_rows_are_those_that_are_run_and_parts_of_the_memory_add_up(tiny, tiny_f
         assert need.peak == sum(parts.values()) <= found.peak and need.least <= need.peak
         assert parts["layers"] + parts["embeddings"] + parts["output layer"] == weights
         assert parts["Python"] > 1e8 and set(parts) == {*found.before, *PARTS}
+        assert METHODS[name].refusal(model) is None  # the model is tried before it is counted
         run = lambda name=name: attribute(model, question, name, budget=BUDGET)  # noqa: E731
         _, gradients, forwards = rows_run(model, run)
         if name != "integrated_gradients":  # how many it takes is known only afterwards

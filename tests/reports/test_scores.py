@@ -375,7 +375,7 @@ def test_of_the_methods_that_nobody_named_those_run_that_the_model_supports(
     found = set(read(tmp_path / "out", "scores")["method"])
     assert found == set(DEFAULT_METHODS) - set(missing)
     if missing:
-        with pytest.raises(InputError, match="none for the LayerNorm"):
+        with pytest.raises(InputError, match="no rule for the GptOssExperts"):
             score_part([job("ab")], tmp_path / "no", model=str(folder), methods=missing)
 
 
