@@ -449,24 +449,24 @@ def free(monkeypatch):
 
 
 def test_a_run_that_does_not_fit_is_refused_in_a_sentence_that_says_what_would(planned, free):
-    jobs = planned("ab" * 900, "ab")
+    jobs = planned("ab" * 1020, "ab")
     most = estimate(jobs, machine=MACHINE, workers=2).memory
     refuse_what_does_not_fit(jobs, workers=2)
     free(int(most / MARGIN / 4))
     with pytest.raises(InputError) as refused:
         refuse_what_does_not_fit(jobs, workers=2)
     assert str(refused.value).count(". ") == 0 and "a smaller model" in str(refused.value)
-    (need,) = needs(jobs.model, 1800, ["alti_logit"], machine=MACHINE).methods.values()
+    (need,) = needs(jobs.model, 2040, ["alti_logit"], machine=MACHINE).methods.values()
     free(int(3 * PROCESS + need.memory["maps"] / 3))
     with pytest.raises(InputError) as refused:
         refuse_what_does_not_fit(jobs, workers=2)
     said = str(refused.value)
     assert "attention, " in said and "alone (--method)" in said and "alti_logit" not in said
     tokens = int(said.split("at most ")[1].split(" ")[0].replace(",", ""))
-    assert 1 < tokens < 1800 and "(there is one of 1,800)" in said
+    assert 1 < tokens < 2040 and "(there is one of 2,040)" in said
     refuse_what_does_not_fit(jobs, workers=2, done=lambda job: job.tokens > 2)
     free(int(3 * PROCESS / MARGIN) + 10**6)  # another notebook's methods are not known
-    refuse_what_does_not_fit(planned("ab" * 900, "ab", notebook="05_gradients"), workers=2)
+    refuse_what_does_not_fit(planned("ab" * 1020, "ab", notebook="05_gradients"), workers=2)
     free(int(3 * PROCESS + need.memory["maps"] / 3))
     refuse_what_does_not_fit(planned("a" * tokens, "ab"), workers=2)
 
