@@ -7,7 +7,6 @@ run: delete the file to start over.
     python benchmarks/integrated_gradients.py            half an hour on two cores
 """
 
-import csv
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from helpers.attribution import fixed_step_integrated_gradients
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
 from prompt_sets import questions
-from report import keep, table
+from report import keep, keep_row, kept_rows, table
 
 KEPT = Path(__file__).parents[1] / "outputs" / "benchmarks" / "integrated_gradients.csv"
 RULES = ("gausslegendre", "riemann_trapezoid", "riemann_middle")
@@ -99,20 +98,11 @@ def evaluations_of(number):
 
 
 def kept():
-    if not KEPT.exists():
-        return []
-    with KEPT.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return kept_rows(KEPT)
 
 
 def note(number, what, tokens, found):
-    KEPT.parent.mkdir(parents=True, exist_ok=True)
-    new = not KEPT.exists()
-    with KEPT.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow({"prompt": number, "what": what, "tokens": tokens, **found})
+    keep_row(KEPT, COLUMNS, {"prompt": number, "what": what, "tokens": tokens, **found})
     print(number, what, found, file=sys.stderr)
 
 

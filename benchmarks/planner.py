@@ -13,7 +13,6 @@ says so. The constants of the planner were set on another text than the one that
 """
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -30,6 +29,7 @@ from helpers.models import BUNDLED, public_name
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
 from machine import memory_status
 from prompt_sets import question_of
+from report import keep, keep_row, kept_rows, table
 
 KEPT = Path(__file__).parents[1] / "outputs" / "benchmarks" / "planner.csv"
 SECOND = "LLAMA_NOTEBOOKS_SECOND_MODEL"
@@ -95,20 +95,11 @@ def measure_all(model, lengths):
 
 
 def kept():
-    if not KEPT.exists():
-        return []
-    with KEPT.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return kept_rows(KEPT)
 
 
 def note(row):
-    KEPT.parent.mkdir(parents=True, exist_ok=True)
-    new = not KEPT.exists()
-    with KEPT.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    keep_row(KEPT, COLUMNS, row)
     print(row, file=sys.stderr)
 
 
@@ -118,8 +109,6 @@ def ratio(row, what):
 
 def section(name, rows):
     """A table of one model, and its worst ratios in words."""
-    from report import table
-
     lines = []
     for row in rows:
         line = {"tokens": row["tokens"], "method": row["method"]}
@@ -155,8 +144,6 @@ def section(name, rows):
 
 
 def main(lengths):
-    from report import keep
-
     second = os.environ.get(SECOND)
     names = {BUNDLED: BUNDLED}
     measure_all(BUNDLED, lengths)

@@ -1,5 +1,6 @@
 """Keep each benchmark's table in results.md, beside the machine that made it."""
 
+import csv
 import platform
 import re
 from datetime import date
@@ -37,3 +38,22 @@ def _machine():
         f"Measured {date.today()} on {torch.get_num_threads()} threads of {name}, "
         f"torch {torch.__version__}."
     )
+
+
+def kept_rows(file):
+    """The rows that ``keep_row`` has put into a CSV file, as dicts of texts."""
+    if not file.exists():
+        return []
+    with file.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def keep_row(file, columns, row):
+    """Put one measurement at the end of a CSV file, so that what is interrupted goes on there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = not file.exists()
+    with file.open("a", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, columns)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)

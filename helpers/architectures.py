@@ -4,8 +4,10 @@ Found by looking at a model's parts and by trying them, not by its name, so that
 nobody thought of is either understood or refused.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,6 +17,21 @@ from transformers.pytorch_utils import Conv1D
 
 from helpers.errors import InputError
 
+T = TypeVar("T")
+
+
+def once_a_model(look: Callable[[Any], T]) -> Callable[[Any], T]:
+    """A function of a model that looks once, and remembers for as long as the model lives."""
+    found: WeakKeyDictionary[Any, T] = WeakKeyDictionary()
+
+    @wraps(look)
+    def looked(model: Any) -> T:
+        if model not in found:
+            found[model] = look(model)
+        return found[model]
+
+    return looked
+
 
 class Stack(NamedTuple):
     """The layers of a model, one behind the other, and the norm behind the last one."""
@@ -23,17 +40,9 @@ class Stack(NamedTuple):
     norm: nn.Module
 
 
-_stacks: WeakKeyDictionary[Any, Stack] = WeakKeyDictionary()
-
-
+@once_a_model
 def stack_of(model: Any) -> Stack:
     """Where the layers of ``model`` are, looked for once; ``InputError`` if that cannot be told."""
-    if model not in _stacks:
-        _stacks[model] = _stack_of(model)
-    return _stacks[model]
-
-
-def _stack_of(model):
     decoder = getattr(model, "get_decoder", lambda: model)()
     for holder in (decoder, getattr(model, body_of(model), None)):
         children = [] if holder is None else list(holder.children())
@@ -155,15 +164,11 @@ class Places(NamedTuple):
     stranger: str | None
 
 
-_places: WeakKeyDictionary[Any, Places] = WeakKeyDictionary()
-
-
+@once_a_model
 def places_of(model: Any) -> Places:
     """The ``Places`` of ``model``, looked for once; ``InputError`` as of ``stack_of``."""
-    if model not in _places:
-        with torch.inference_mode(False):  # what is kept may come into a backward pass later
-            _places[model] = _places_of(stack_of(model))
-    return _places[model]
+    with torch.inference_mode(False):  # what is kept may come into a backward pass later
+        return _places_of(stack_of(model))
 
 
 def _places_of(stack):

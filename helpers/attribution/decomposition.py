@@ -2,7 +2,6 @@
 
 import contextlib
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import align_module_device
@@ -10,7 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from helpers.architectures import Norm, output_projection, places_of, stack_of
+from helpers.architectures import (
+    Norm,
+    once_a_model,
+    output_projection,
+    places_of,
+    stack_of,
+)
 from helpers.attribution.engine import (
     Asked,
     attending,
@@ -66,17 +71,13 @@ def alti_logit(asked: Asked) -> list[Attribution]:
     return attributions(asked, scores[..., : asked.columns], totals=totals, moved=moved, forwards=1)
 
 
-_apart: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
-
-
+@once_a_model
 def refuses_parts(model: Any) -> str | None:
     """``None`` for a model whose layers can be taken apart here, else why they cannot.
 
     It is tried once a model, on a few tokens.
     """
-    if model not in _apart:
-        _apart[model] = refuses_attending(model) or _refusal(model)
-    return _apart[model]
+    return refuses_attending(model) or _refusal(model)
 
 
 def _refusal(model):

@@ -11,7 +11,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -23,7 +22,7 @@ from transformers import (
     DynamicCache,
 )
 
-from helpers.architectures import body_of, pointwise_after_last_attention, stack_of
+from helpers.architectures import body_of, once_a_model, pointwise_after_last_attention, stack_of
 from helpers.errors import InputError
 from helpers.machine import free_memory, slow_precision, warn_if_slow
 from helpers.prompts import Unit
@@ -661,22 +660,18 @@ def attending(model: Any, function: Callable) -> Iterator[None]:
         _attend.reset(token)
 
 
-_attends: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-
-
+@once_a_model
 def refuses_attending(model: Any) -> str | None:
     """``None`` for a model that can attend through a function of ours, else why it cannot.
 
     It is tried once a model, on a few tokens: whether every layer comes here, and whether what
     comes out is what the model makes of them by itself.
     """
-    if model not in _attends:
-        try:
-            _attends[model] = _attends_through_ours(model)
-        except (AttributeError, InputError, ValueError):  # its attention cannot be chosen
-            _attends[model] = False
-    if _attends[model]:
-        return None
+    try:
+        if _attends_through_ours(model):
+            return None
+    except (AttributeError, InputError, ValueError):  # its attention cannot be chosen
+        pass
     return f"The attention of a {type(model).__name__} is its own and cannot be watched."
 
 

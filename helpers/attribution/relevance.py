@@ -16,14 +16,13 @@ from functools import partial
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from helpers.architectures import Norm, places_of, stack_of
+from helpers.architectures import Norm, once_a_model, places_of, stack_of
 from helpers.attribution.engine import (
     Asked,
     attending,
@@ -73,12 +72,12 @@ def relevance(asked: Asked, through_attention: bool = True) -> list[Attribution]
     return attributions(asked, scores, totals=totals, moved=moved, evaluations=1)
 
 
-_fits: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
 # The share that rounding may lose: 1e-5 in float32, 4 % in bfloat16 and 5 % in float16 on thirty
 # layers. A norm without its rule loses all, as it does not care how long its input is.
 LEAK, LEAK_IN_HALF = 1e-3, 0.3
 
 
+@once_a_model
 def refuses_rules(model: Any) -> str | None:
     """``None`` for a model that the rules fit, else why they do not. Tried once a model.
 
@@ -86,12 +85,6 @@ def refuses_rules(model: Any) -> str | None:
     tried on a few tokens: forward, they must change nothing, to the last bit; and what goes back
     with constant attention weights must be all that came in, with what biases put in counted.
     """
-    if model not in _fits:
-        _fits[model] = _refusal(model)
-    return _fits[model]
-
-
-def _refusal(model):
     name = type(model).__name__
     other = "take another method, such as integrated_gradients."
     try:
