@@ -8,7 +8,7 @@ from captum.attr import IntegratedGradients
 from torch import Tensor
 
 from helpers.attribution.engine import Asked, asking, rows_per_batch
-from helpers.attribution.perturbation import blank
+from helpers.attribution.perturbation import baseline_of
 from helpers.attribution.result import Attribution, attribution, attributions
 from helpers.errors import InputError
 from helpers.questions import Question
@@ -27,14 +27,7 @@ def baseline_embeds(model: Any, question: Question, baseline: str | Tensor = "me
 
     notebooks/07_integrated_gradients.ipynb takes it apart.
     """
-    return _start(Asked(model, [question]), baseline)[:, : question.input_ids.shape[1]]
-
-
-def _start(asked, baseline):
-    """``baseline`` in the place of all that is explained, [questions, columns, dim]."""
-    if isinstance(baseline, str) and baseline not in ("mean", "eos", "zero"):
-        raise InputError(f"There is no baseline {baseline!r}: use mean, eos, zero or a tensor.")
-    return blank(asked, baseline)
+    return baseline_of(Asked(model, [question]), baseline)[:, : question.input_ids.shape[1]]
 
 
 def simpson(alphas: Tensor, slopes: Tensor) -> Tensor:
@@ -167,7 +160,7 @@ def _points(asked, row, baseline):
     """
     texts, columns = asked.embeds[row], asked.columns  # [texts, length, dim]
     start = texts.clone()
-    start[:, :columns] = _start(asked, baseline)[row]
+    start[:, :columns] = baseline_of(asked, baseline)[row]
     step = texts - start
 
     def run(some):
@@ -201,7 +194,7 @@ def fixed_step_integrated_gradients(
     """
     with asking(model, [question]) as asked:
         start = asked.embeds.clone()
-        start[:, :, : asked.columns] = _start(asked, baseline)[:, None]
+        start[:, :, : asked.columns] = baseline_of(asked, baseline)[:, None]
 
         def forward(rows):
             return asked.values(rows, torch.zeros(len(rows), dtype=torch.long))[:, 0]

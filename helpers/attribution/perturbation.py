@@ -146,6 +146,19 @@ def blank(asked: Asked, replacement: str | Tensor | None = None) -> Tensor | Non
     )
 
 
+def baseline_of(asked: Asked, baseline: str | Tensor) -> Tensor:
+    """What scores are counted from, in the place of all that is explained: see ``blank``.
+
+    [questions, columns, dim]. Raises ``InputError`` for another than mean, eos, zero and a tensor.
+    """
+    found = None
+    if isinstance(baseline, Tensor) or baseline in ("mean", "eos", "zero"):
+        found = blank(asked, baseline)
+    if found is None:
+        raise InputError(f"There is no baseline {baseline!r}: use mean, eos, zero or a tensor.")
+    return found
+
+
 def _subsets(units):
     """Every subset of the units: BoolTensor [2**units, units], the empty one first."""
     return (torch.arange(2**units)[:, None] >> torch.arange(units)) % 2 == 1

@@ -31,11 +31,14 @@ from helpers.attribution.engine import (
     refuses_attending,
     sdpa,
 )
+from helpers.attribution.perturbation import baseline_of
 from helpers.attribution.result import Attribution, attributions
 from helpers.errors import InputError
 
 
-def relevance(asked: Asked, through_attention: bool = True) -> list[Attribution]:
+def relevance(
+    asked: Asked, through_attention: bool = True, baseline: str | Tensor = "zero"
+) -> list[Attribution]:
     """The share of the objective that AttnLRP hands back to each token: signed, in nats.
 
     One forward and one backward pass. With ``through_attention=False`` the attention weights are
@@ -49,10 +52,22 @@ def relevance(asked: Asked, through_attention: bool = True) -> list[Attribution]
     up: ``gap`` is how much was lost or added on the way, and says nothing about whether the rules
     are the right ones. No tolerance is asked, so ``closed`` is ``None``.
 
+    That is slope times embedding, as published: counted from nothing, so that every token is scored
+    for being an embedding at all. Another ``baseline`` gives slope times *difference* from it, the
+    question that occlusion asks: ``"mean"`` of all token embeddings, ``"eos"``, or a tensor such as
+    the embeddings of a counterfactual prompt, broadcast to [columns, dim]. ``gap`` is then measured
+    against what the objective gained from the baseline to the prompt, for one forward row.
+
     Where a method of the gradient is wanted too, both go back from the same forward pass. Source:
-    Achtibat et al. 2024, arXiv:2402.05602. notebooks/09_relevance.ipynb takes it apart.
+    Achtibat et al. 2024, arXiv:2402.05602; for the difference Rezaei Jafari et al. 2025,
+    arXiv:2508.21258. Raises ``InputError`` for an unknown baseline.
+    notebooks/09_relevance.ipynb takes it apart.
     """
     rows = asked.embeds.detach().requires_grad_(True)
+    begin = rows.detach().clone()
+    begin[:, :, : asked.columns] = baseline_of(asked, baseline)[:, None]
+    from_nothing = isinstance(baseline, str) and baseline == "zero"
+    difference = rows.detach() if from_nothing else rows.detach() - begin
     shared = asked.found.get("wanted", frozenset()) & {"saliency", "gradient_x_input"}
     rules: Any = switchable_rules if through_attention and shared else relevance_rules
     with rules(asked.model, through_attention) as switch:
@@ -63,13 +78,17 @@ def relevance(asked: Asked, through_attention: bool = True) -> list[Attribution]
             asked.found["gradient"] = torch.stack(grads, dim=1)
             switch.on = True
         both = [
-            (slope.float() * rows.detach(), (outer.float() * read.detach()).sum(dim=(1, 2)))
+            (slope.float() * difference, (outer.float() * read.detach()).sum(dim=(1, 2)))
             for slope, outer in asked.gradients(values, rows, read)
         ]
     products, moved = (torch.stack(some, dim=1) for some in zip(*both, strict=True))
+    if not from_nothing:
+        with torch.inference_mode():
+            moved = values.detach() - asked.values(begin)
     scores = products[:, :, :, : asked.columns].sum(dim=(2, 4))  # [questions, outs, columns]
     totals = products.sum(dim=(2, 3, 4))
-    return attributions(asked, scores, totals=totals, moved=moved, evaluations=1)
+    cost = {"evaluations": 1, "forwards": 0 if from_nothing else 1}
+    return attributions(asked, scores, totals=totals, moved=moved, **cost)
 
 
 # The share that rounding may lose: 1e-5 in float32, 4 % in bfloat16 and 5 % in float16 on thirty

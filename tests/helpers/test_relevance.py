@@ -332,6 +332,56 @@ def test_a_foil_subtracts_since_every_rule_is_linear_in_what_it_hands_back(tiny)
     same(both, apart[0] - apart[1], 1e-3)
 
 
+# --- counted from a baseline -------------------------------------------------------------------
+
+
+@either_way
+def test_a_baseline_takes_off_what_it_would_get_itself(tiny, through):
+    """The slope is the prompt's, whatever the scores are counted from: so scores subtract."""
+    question = ask(*tiny, PROMPT, target="a", foil="b")
+    published, ones = (
+        run(tiny[0], question, through_attention=through, baseline=baseline).scores
+        for baseline in ("zero", torch.ones(tiny[0].config.hidden_size))
+    )
+    with relevance_rules(tiny[0], through):
+        embeds = embed_prompt(tiny[0], question).requires_grad_(True)
+        (slope,) = torch.autograd.grad(objective(tiny[0], embeds, question).sum(), embeds)
+    same(published - ones, slope[0].sum(dim=-1))
+    mean = tiny[0].get_input_embeddings().weight.detach().mean(dim=0)
+    from_mean = run(tiny[0], question, through_attention=through, baseline="mean")
+    same(from_mean.scores, (slope[0] * (embeds[0].detach() - mean)).sum(dim=-1))
+
+
+@pytest.mark.parametrize("options", [{"foil": "b"}, {}, {"target": "ab", "foil": "cd"}], ids=str)
+def test_the_gap_is_measured_against_what_the_prompt_gained(tiny, options):
+    """``F(x) - F(b)`` by itself, of prompts that are the baseline and nothing else."""
+    model, tokenizer = tiny
+    question = ask(model, tokenizer, PROMPT, **options)
+    embeds = embed_prompt(model, question)
+    eos = model.get_input_embeddings().weight.detach()[model.config.eos_token_id]
+    with torch.inference_mode():
+        gained = value_of(model, question) - float(
+            objective(model, eos.expand_as(embeds), question)
+        )
+    result = run(model, question, baseline="eos")
+    missed = abs(float(result.scores.sum()) - gained) / max(abs(gained), 1)
+    assert result.gap == pytest.approx(missed, abs=1e-5)
+    assert (result.evaluations, result.forwards) == (1, 1)
+
+
+def test_a_counterfactual_is_a_baseline(tiny):
+    """Where two prompts hold the same token, no difference is scored."""
+    question, other = (ask(*tiny, text, target="a", foil="b") for text in ("Riga", "Rita"))
+    result = run(tiny[0], question, baseline=embed_prompt(tiny[0], other)[0])
+    assert not result.scores[[0, 1, 3]].any() and result.scores[2]
+
+
+@pytest.mark.parametrize("baseline", ["remove", "neighbour", "none", torch.ones(3)], ids=str)
+def test_other_baselines_are_refused(tiny, baseline):
+    with pytest.raises(InputError, match="baseline"):
+        run(tiny[0], ask(*tiny, PROMPT), baseline=baseline)
+
+
 @either_way
 def test_one_token_is_enough(tiny, through):
     question = ask(*tiny, "A")
