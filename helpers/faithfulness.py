@@ -167,6 +167,73 @@ def against_random(
     ).set_index("method")
 
 
+# --- how good an order can be at best ----------------------------------------------------------
+
+EXHAUSTIVE = 12  # units of which all subsets are run: 4,096 rows
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What an order of the units of one prompt can reach under erasing, by exhaustive search.
+
+    ``order``     LongTensor [units], the best there is; among equals, any
+    ``best``      its ``faithfulness`` (insertion minus deletion, see ``erasure_measures``), in nats
+    ``chance``    the mean of all orders, exact
+    ``forwards``  rows that were run
+    """
+
+    order: torch.Tensor
+    best: float
+    chance: float
+    forwards: int
+
+    def share(self, faithfulness: float) -> float:
+        """Where a ``faithfulness`` lies between chance, 0, and the best order, 1.
+
+        Below zero for worse than chance; nan where no order is better than another.
+        """
+        room = self.best - self.chance
+        return (faithfulness - self.chance) / room if room > 1e-6 else math.nan
+
+
+def erasure_limit(
+    model: Any, question: Question, replacement: str | torch.Tensor | None = None
+) -> Limit:
+    """The best order of the units under insertion minus deletion, of all that there are.
+
+    All 2**units subsets are run. What an order gains at a step depends on which units were taken
+    and not on their order, so the best way to each subset is the best way to one that lacks a unit,
+    and that step: 2**units * units steps stand for all units! orders (Held and Karp 1962,
+    doi:10.1137/0110015). ``replacement`` is that of ``erasure_curves``.
+
+    Raises ``InputError`` for more than ``EXHAUSTIVE`` units.
+    """
+    units = len(question.units)
+    if units > EXHAUSTIVE:
+        raise InputError(
+            f"The best order of {units} units cannot be searched, only of {EXHAUSTIVE} at most: "
+            "group them, for example by units='words'."
+        )
+    kept = (torch.arange(2**units)[:, None] >> torch.arange(units)) % 2 == 1  # [2**units, units]
+    with asking(model, [question]) as asked:
+        _, (values,) = coalition_values(asked, [kept], replacement)
+    gain = (values[:, 0] - values[:, 0].flip(0)).double().cpu().numpy()  # only these, minus without
+    size = kept.sum(dim=1).numpy()
+    share = np.where((size == 0) | (size == units), 0.5, 1.0) / units  # of the area: trapezoids
+    best, last = np.full(2**units, -np.inf), np.zeros(2**units, dtype=int)
+    best[0] = share[0] * gain[0]
+    for taken in range(1, 2**units):
+        before = {taken ^ (1 << unit): unit for unit in range(units) if taken >> unit & 1}
+        via = max(before, key=best.__getitem__)
+        best[taken], last[taken] = best[via] + share[taken] * gain[taken], before[via]
+    order, taken = [], 2**units - 1
+    while taken:
+        order.append(last[taken])
+        taken ^= 1 << last[taken]
+    of_size = [gain[size == k].mean() * share[size == k][0] for k in range(units + 1)]
+    return Limit(torch.tensor(order[::-1]), float(best[-1]), float(sum(of_size)), len(kept) + 1)
+
+
 # --- does the method notice that the model has changed? ----------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Deletion, insertion, randomisation: identities, and models on which the answer is known."""
 
 import itertools
+import math
 
 import by_hand
 import numpy as np
@@ -16,6 +17,7 @@ from helpers.faithfulness import (
     bootstrap_interval,
     by_method,
     erasure_curves,
+    erasure_limit,
     erasure_measures,
     importance_order,
     random_orders,
@@ -174,6 +176,42 @@ def test_orders_of_tokens_are_no_orders_of_words(tiny):
     question = a_question(tiny, "an answer in words")
     with pytest.raises(InputError, match="each of the 5 units once"):
         erasure_curves(tiny[0], question, random_orders(10, 1))
+
+
+# --- the limit ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replacement", ["mean", "remove"])
+@pytest.mark.parametrize("shape", ["next token", "foil", "two texts", "raw logit"])
+def test_the_limit_is_the_best_of_all_orders_and_chance_their_mean(tiny, replacement, shape):
+    model, question = tiny[0], ask(*tiny, **{"prompt": "Riga"} | SHAPES[shape])
+    units = len(question.units)
+    every = torch.tensor(list(itertools.permutations(range(units))))
+    curves = erasure_curves(model, question, every, replacement=replacement)
+    all_of_them = erasure_measures(curves)["faithfulness"].double()
+    limit = erasure_limit(model, question, replacement)
+    assert limit.best == pytest.approx(float(all_of_them.max()), abs=1e-4)
+    assert limit.chance == pytest.approx(float(all_of_them.mean()), abs=1e-4)
+    own = erasure_curves(model, question, limit.order[None], replacement=replacement)
+    assert float(erasure_measures(own)["faithfulness"]) == pytest.approx(limit.best, abs=1e-4)
+    assert limit.share(limit.best) == 1 and limit.share(limit.chance) == 0
+    assert limit.forwards == 2**units + 1
+
+
+def test_on_a_linear_model_the_known_scores_reach_the_limit(linear, tiny):
+    question = ask(linear, tiny[1], "Riga is")
+    limit = erasure_limit(linear, question)
+    known = importance_order(attribute(linear, question, "occlusion"))
+    curves = erasure_curves(linear, question, torch.stack([known, known.flip(0)]))
+    best, worst = erasure_measures(curves)["faithfulness"].tolist()
+    assert limit.share(best) == pytest.approx(1, abs=1e-5) and limit.share(worst) < 0
+
+
+def test_a_limit_without_room_has_no_shares_and_a_long_one_is_refused(linear, tiny):
+    alone = erasure_limit(linear, ask(linear, tiny[1], "R"))
+    assert math.isnan(alone.share(0.0)) and alone.order.tolist() == [0]
+    with pytest.raises(InputError, match="only of 12"):
+        erasure_limit(linear, ask(linear, tiny[1], "Riga is in Latvia"))
 
 
 # --- randomisation -----------------------------------------------------------------------------
