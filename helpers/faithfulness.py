@@ -178,22 +178,20 @@ class Limit:
 
     ``order``     LongTensor [units], the best there is; among equals, any
     ``best``      its ``faithfulness`` (insertion minus deletion, see ``erasure_measures``), in nats
-    ``chance``    the mean of all orders, exact
     ``forwards``  rows that were run
     """
 
     order: torch.Tensor
     best: float
-    chance: float
     forwards: int
 
     def share(self, faithfulness: float) -> float:
         """Where a ``faithfulness`` lies between chance, 0, and the best order, 1.
 
-        Below zero for worse than chance; nan where no order is better than another.
+        Chance is exactly 0 nats, as an order and its reverse have opposite numbers. Below zero is
+        worse than chance; nan where no order is better than another.
         """
-        room = self.best - self.chance
-        return (faithfulness - self.chance) / room if room > 1e-6 else math.nan
+        return faithfulness / self.best if self.best > 1e-6 else math.nan
 
 
 def erasure_limit(
@@ -230,8 +228,7 @@ def erasure_limit(
     while taken:
         order.append(last[taken])
         taken ^= 1 << last[taken]
-    of_size = [gain[size == k].mean() * share[size == k][0] for k in range(units + 1)]
-    return Limit(torch.tensor(order[::-1]), float(best[-1]), float(sum(of_size)), len(kept) + 1)
+    return Limit(torch.tensor(order[::-1]), float(best[-1]), len(kept) + 1)
 
 
 # --- does the method notice that the model has changed? ----------------------------------------
