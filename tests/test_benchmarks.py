@@ -1,5 +1,6 @@
 """The benchmarks measure the same work: their peers agree, and their tables keep what was found."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import METHODS, ask, attribute
+from helpers import METHODS, Attribution, ask, attribute
 from helpers.attribution import embed_prompt, objective
 from helpers.faithfulness import evidence_table
 from helpers.ground_truth import FAMILIES, cases, evidence_positions, reciprocal_rank, solved
@@ -24,6 +25,7 @@ import attribution as benchmark  # noqa: E402
 import evidence  # noqa: E402
 import precision  # noqa: E402
 import report  # noqa: E402
+import yardsticks  # noqa: E402
 from peers import guide  # noqa: E402
 from prompt_sets import questions  # noqa: E402
 
@@ -232,3 +234,56 @@ def test_two_checkouts_take_turns_and_their_scores_are_compared():
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| rel")]
     assert [row[0] for row in rows] == ["| relevance, 6", "| relevance, 6, no foil"]
     assert all(float(row[3]) > 0 for row in rows) and rows[0][5] == "0e+00 |"
+
+
+# --- yardsticks of others ----------------------------------------------------------------------
+
+
+def test_the_indirect_objects_are_the_published_ones():
+    """Each of 1,000 prompts holds the name that is the answer once, and the other twice."""
+    digest = hashlib.sha256((yardsticks.DATA / "ioi.csv").read_bytes()).hexdigest()
+    assert digest in (yardsticks.DATA / "README.md").read_text(encoding="utf-8")
+    found = list(yardsticks.indirect_objects())
+    assert len(found) == 1000
+    for prompt in found:
+        assert len(yardsticks.places_of(prompt.target, prompt.text)) == 1
+        first, second = yardsticks.places_of(prompt.foil, prompt.text)
+        assert prompt.evidence[yardsticks.GIVER] == second > first
+
+
+def test_sentences_of_agreement_have_a_noun_of_the_other_number_in_between():
+    for prompt in islice(yardsticks.agreement(), 200):
+        begin, end = prompt.evidence[yardsticks.AGREEMENT]
+        subject, last = prompt.text[begin:end], prompt.text.split()[-1]
+        assert subject.endswith("s") == (prompt.target == "are")
+        # the last word is that noun, or the verb of the clause that it is the subject of
+        is_verb = last.removesuffix("s") in ("like", "admire", "hate", "love")
+        assert (last.endswith("s") == (prompt.target == "are")) == is_verb
+
+
+@pytest.mark.parametrize("kind", [yardsticks.indirect_objects, yardsticks.agreement])
+def test_the_deciding_word_is_found_among_the_tokens(bundled, kind):
+    _, tokenizer = bundled
+    for prompt in islice(kind(), 40):
+        ids = tokenizer(prompt.text)["input_ids"]
+        for begin, end in prompt.evidence.values():
+            places = yardsticks.positions_of(tokenizer, prompt.text, (begin, end))
+            assert tokenizer.decode([ids[p] for p in places]).strip() == prompt.text[begin:end]
+            before = tokenizer.decode(ids[: places[0]])
+            assert before.strip() == prompt.text[:begin].strip()  # this occurrence, no other
+
+
+def test_soft_erasure_takes_nothing_of_no_score_and_all_of_equal_scores(bundled):
+    prompt, question = next(yardsticks.answered(*bundled, yardsticks.agreement(), 1))
+    assert prompt.text == question.prompt
+    units = question.units
+    some = {
+        "against": Attribution(-torch.ones(len(units)), units),
+        "alike": Attribution(torch.ones(len(units)), units),
+    }
+    rows = yardsticks.soft_comprehensiveness(bundled[0], question, some, seed=0)
+    found = {(name, what): value for name, what, value in rows}
+    assert found["against", "fall"] == pytest.approx(0, abs=1e-5)
+    assert found["against", "erased"] == 0 and found["alike", "erased"] == 1
+    assert found["alike", "fall of all"] > 0
+    assert found["alike", "fall"] == pytest.approx(found["alike", "fall of all"], abs=1e-5)
