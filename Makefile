@@ -19,7 +19,7 @@ help:
 	@echo "make hostile  20,000 damaged checkpoints: one sentence, or a model that works"
 	@echo "make lab      JupyterLab on the notebooks"
 	@echo "make figures  every notebook's figures as PNG and SVG in outputs/figures"
-	@echo "make bench    speed and accuracy beside other libraries, an hour and a half; benchmarks/results.md"
+	@echo "make bench    speed and accuracy beside other libraries, over two hours; benchmarks/results.md"
 	@echo "make evidence which method to believe, over 204 prompts, half an hour; can be interrupted"
 	@echo "make lint     ruff, codespell and mypy"
 	@echo "make execute  run every notebook in place, as they are committed"
@@ -97,6 +97,8 @@ bench: model $(INSEQ)/ready
 	$(BIN)/python benchmarks/gallery.py
 	$(BIN)/python benchmarks/attribution.py --inseq $(INSEQ)/bin/python
 	$(BIN)/python benchmarks/integrated_gradients.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ig_answers.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/yardsticks.py
 	$(BIN)/python benchmarks/planner.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/precision.py
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from helpers import METHODS, Attribution, ask, attribute
-from helpers.attribution import embed_prompt, objective
+from helpers.attribution import baseline_embeds, embed_prompt, objective, objective_gradient
 from helpers.faithfulness import evidence_table
 from helpers.ground_truth import FAMILIES, cases, evidence_positions, reciprocal_rank, solved
 from helpers.models import weights_digest
@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import attribution as benchmark  # noqa: E402
 import evidence  # noqa: E402
+import ig_answers  # noqa: E402
 import precision  # noqa: E402
 import report  # noqa: E402
 import yardsticks  # noqa: E402
@@ -234,6 +235,51 @@ def test_two_checkouts_take_turns_and_their_scores_are_compared():
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| rel")]
     assert [row[0] for row in rows] == ["| relevance, 6", "| relevance, 6, no foil"]
     assert all(float(row[3]) > 0 for row in rows) and rows[0][5] == "0e+00 |"
+
+
+# --- integrated gradients on other paths --------------------------------------------------------
+
+
+def test_one_token_at_a_time_adds_up_to_occlusion(tiny, monkeypatch):
+    monkeypatch.setattr(ig_answers, "NODES", 64)
+    model, tokenizer = tiny
+    question = ask(model, tokenizer, "abcde", target="f", foil="g")
+    found = ig_answers.one_token_at_a_time(model, question)
+    expected = attribute(model, question, "occlusion", replacement="mean").scores
+    torch.testing.assert_close(found.scores, expected, rtol=1e-3, atol=1e-3)
+    assert found.evaluations == 5 * 64
+
+
+def test_subsets_that_keep_every_token_are_the_slope_at_the_prompt(tiny):
+    model, tokenizer = tiny
+    question = ask(model, tokenizer, "abcde", target="f", foil="g")
+    embeds = embed_prompt(model, question)
+    step = embeds - baseline_embeds(model, question, "mean")
+    expected = (objective_gradient(model, embeds, question) * step).sum(dim=-1)[0]
+    whole = ig_answers.random_subsets(model, question, 1.0, seed=0)
+    assert list(whole) == list(ig_answers.SUBSETS)
+    for result in whole.values():
+        torch.testing.assert_close(result.scores, expected, rtol=1e-4, atol=1e-4)
+    some = ig_answers.random_subsets(model, question, 0.5, seed=0)
+    assert (some[16].scores - expected).abs().max() > 0.01
+
+
+def test_the_mean_takes_each_tokens_norm(tiny):
+    model, tokenizer = tiny
+    question = ask(model, tokenizer, "abcde", target="f", foil="g")
+    found = ig_answers.starts(model, question, question)["line from the mean at each token's norm"]
+    norms = embed_prompt(model, question)[0].norm(dim=-1)
+    torch.testing.assert_close(found.norm(dim=-1), norms)
+
+
+def test_the_committed_answers_are_those_of_the_results():
+    found = pd.read_csv(ig_answers.TABLE)
+    results = report.RESULTS.read_text(encoding="utf-8")
+    section = results.partition("<!-- ig_answers -->")[2].partition("<!-- end ig_answers -->")[0]
+    assert {"occlusion", "chance", "line from the mean", ig_answers.ALONE} <= set(found["method"])
+    for row in found.itertuples():
+        band = f"{row.rank_mean:.2f} ({row.rank_low:.2f} to {row.rank_high:.2f})"
+        assert f"| {row.method} | {band} |" in section
 
 
 # --- yardsticks of others ----------------------------------------------------------------------
