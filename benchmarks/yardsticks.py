@@ -230,9 +230,11 @@ def summary(found: pd.DataFrame, about: str) -> str:
         "probability of the target falls when each element of each embedding is erased with the "
         "token's normalised score as probability, over how far it falls when all is erased; means "
         f"over prompts, each with {DRAWS} draws, before the division, since a prompt that loses "
-        "nothing has no ratio. It rewards a method that spreads its score over many tokens, which "
-        "erases more, whatever these are: arXiv:2601.03089 says so of it, and compares methods "
-        "only where they erase equally much. So read it beside the share that was erased.",
+        "nothing has no ratio. Above 1, less is erased than all and more lost: with nothing left "
+        "neither answer is preferred, with a part left the foil may be. The measure rewards a "
+        "method that spreads its score over many tokens, since more is then erased, whatever these "
+        "are; arXiv:2601.03089 finds it confused with how much is kept, and keeps that equal. So "
+        "read it beside the share that was erased.",
         _soft(found),
         "Arras et al. 2025 (arXiv:2502.15886) put some of these methods to subject-verb agreement "
         "on Llama-3. Their figures could not be had, so none stands here.",
