@@ -39,6 +39,7 @@ from helpers.attribution.path import (
     refine,
     simpson,
 )
+from helpers.attribution.perturbation import average_gains, interactions
 from helpers.attribution.result import Attribution, attribution, attributions, completeness_gap
 from helpers.errors import InputError
 from helpers.questions import OBJECTIVES, Question, ask_of, completed, in_half_precision
@@ -55,11 +56,13 @@ __all__ = [
     "attribute_all",
     "attribution",
     "attributions",
+    "average_gains",
     "baseline_embeds",
     "completeness_gap",
     "embed_prompt",
     "fixed_step_integrated_gradients",
     "halve",
+    "interactions",
     "objective",
     "objective_gradient",
     "refine",

@@ -12,7 +12,13 @@ from helpers.attribution.decomposition import alti_logit, refuses_parts
 from helpers.attribution.engine import Asked, refuses_attending
 from helpers.attribution.gradients import gradient_x_input, refuses_gradients, saliency
 from helpers.attribution.path import FIRST_EVALUATIONS, integrated_gradients
-from helpers.attribution.perturbation import occlusion, shapley, takes_all_subsets
+from helpers.attribution.perturbation import (
+    coalition_rows,
+    coalitions,
+    occlusion,
+    shapley,
+    shapley_rows,
+)
 from helpers.attribution.relevance import refuses_rules, relevance
 from helpers.attribution.result import Attribution
 from helpers.errors import InputError
@@ -105,15 +111,26 @@ def _path_price(units: int, tokens: int, options: dict) -> Price:
 
 def _shapley_options(units: int, tokens: int, budget: int) -> dict | None:
     rows = budget // tokens
-    if rows < 4 * units and not takes_all_subsets(units, 4):
+    if rows < 4 * units and rows < 2**units:
         return None
     return {"permutations": 2 * max(2, min(10, rows // 8 // max(1, units)))}
 
 
 def _shapley_price(units: int, tokens: int, options: dict) -> Price:
-    orders = options.get("permutations", 20)
-    rows = 2**units if takes_all_subsets(units, orders) else orders * (units - 1) + 2
-    return Price(forwards=rows + 1, share=0.75)
+    rows = shapley_rows(units, options.get("permutations", 20))
+    return Price(forwards=rows + 1, share=0.9)
+
+
+def _coalition_options(units: int, tokens: int, budget: int) -> dict | None:
+    rows = min(coalition_rows(units), budget // tokens - 1)
+    return {"rows": rows} if rows >= min(2 * units + 1, 2**units - 1) else None
+
+
+def _coalition_price(units: int, tokens: int, options: dict) -> Price:
+    rows = min(2**units - 1, options.get("rows") or coalition_rows(units))
+    if options.get("keep") in (0, 1):
+        rows = units
+    return Price(forwards=rows + 1, share=0.9)
 
 
 def _occlusion_price(units: int, tokens: int, options: dict) -> Price:
@@ -169,6 +186,14 @@ BUILT_IN = [
         adds_up=True,
         additive=False,
         options=_shapley_options,
+    ),
+    Method(
+        "coalitions",
+        coalitions,
+        _coalition_price,
+        adds_up=True,
+        additive=False,
+        options=_coalition_options,
     ),
     Method("random", random, lambda units, tokens, options: Price(), additive=False),
 ]

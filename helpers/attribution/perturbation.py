@@ -2,15 +2,45 @@
 
 import math
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from helpers.attribution.engine import FINE, Asked, end_of_text, mean_embedding
+from helpers.attribution.engine import FINE, Asked, asking, end_of_text, mean_embedding
 from helpers.attribution.result import Attribution, attribution
 from helpers.errors import InputError
+from helpers.questions import Question
 
 REPLACEMENTS = ("mean", "eos", "neighbour", "zero", "remove")
+FACTORS = torch.logspace(-2.5, -0.02, 20).tolist()  # by which one more unit makes amounts vary less
+LEVEL = 100.0  # variance of what all coalitions share, over that of the rest: it may be anything
+OTHERS = 0.1  # share of the draws that are not by the probability that is asked for
+ROUNDING = 1e-9  # variance by which a value may be off, over that of the rest
+
+
+def coalitions(
+    asked: Asked,
+    keep: float | None = None,
+    rows: int | None = None,
+    replacement: str | Tensor | None = None,
+    seed: int = 0,
+) -> list[Attribution]:
+    """What a unit adds to the objective, on average over what else of the prompt is there: in nats.
+
+    Each of the other units is there with probability ``keep``: 1 is ``occlusion``, 1/2 the Banzhaf
+    value, and ``None``, the mean over all ``keep``, is ``shapley``, whose scores add up to what the
+    whole prompt gained. ``rows`` are the variants that are run, 128 or four a unit by default;
+    where all that count are no more, all of them are: then the scores are exact and the errors
+    zero. Else ``errors`` are standard errors: see ``average_gains``. ``replacement`` is what stands
+    in for a unit that is gone: see ``blank``.
+
+    Raises ``InputError`` for a ``keep`` outside of 0 to 1, and for fewer rows than two a unit, and
+    one. Source: Dubey, Neyman and Weber 1981, doi:10.1287/moor.6.1.122.
+    """
+    most = [rows or coalition_rows(len(units)) for units in asked.units]
+    return _of_coalitions(asked, keep, most, replacement, seed)
 
 
 def occlusion(asked: Asked, replacement: str | Tensor | None = None) -> list[Attribution]:
@@ -22,12 +52,7 @@ def occlusion(asked: Asked, replacement: str | Tensor | None = None) -> list[Att
 
     notebooks/08_comparison.ipynb takes it apart.
     """
-    kept = [~torch.eye(len(units), dtype=torch.bool) for units in asked.units]
-    whole, values = coalition_values(asked, kept, replacement)
-    return [
-        attribution(asked, row, (whole[row] - some).T, forwards=len(some) + 1)
-        for row, some in enumerate(values)
-    ]
+    return coalitions(asked, keep=1, replacement=replacement)
 
 
 def shapley(
@@ -39,15 +64,12 @@ def shapley(
     """What a unit adds to the objective, on average over the orders of adding units: in nats.
 
     Units come one by one to a prompt of nothing but the replacement, and what the objective gains
-    is the newcomer's. ``permutations`` (even) orders are drawn in pairs, one the other backwards,
-    so that a unit that came late in one came early in the other; ``errors`` are the standard errors
-    over the pairs. Where all 2**units subsets take no more rows than that, all of them are run:
-    then the scores are exact and the errors zero. Scores add up to what the whole prompt gained, by
-    construction: ``gap`` is float32's rounding.
+    is the newcomer's. That is the average over ``coalitions`` without a ``keep``; they are as many
+    rows as ``permutations`` (even) orders would take. Scores add up to what the whole prompt
+    gained: ``gap`` is rounding.
 
-    Raises ``InputError`` for a number of permutations that is not even or below 4. Sources: Shapley
-    1953; Castro et al. 2009, doi:10.1016/j.cor.2008.04.004, for sampling orders; Mitchell et al.
-    2022, arXiv:2104.12199, for orders and their reverse.
+    Raises ``InputError`` for a number of permutations that is not even or below 4. Source: Shapley
+    1953.
 
     notebooks/10_faithfulness.ipynb takes it apart.
     """
@@ -55,34 +77,72 @@ def shapley(
         raise InputError(
             f"Shapley values need an even number of orders from 4, not {permutations}."
         )
-    sets, places, exact = [], [], []
-    for units in asked.units:
-        exact.append(takes_all_subsets(len(units), permutations))
-        kept = _subsets(len(units)) if exact[-1] else _growing(len(units), permutations, seed)
-        rows, place = kept.flatten(0, -2).unique(dim=0, return_inverse=True)
-        sets.append((kept, rows))
-        places.append(place)
-    whole, values = coalition_values(asked, [rows for _, rows in sets], replacement)
-    found = []
-    for row, (kept, rows) in enumerate(sets):
-        of_sets = values[row].double().cpu()[places[row]].unflatten(0, kept.shape[:-1])
-        errors = torch.zeros(asked.outs, kept.shape[-1])
-        if exact[row]:
-            scores = _average_gain(kept, of_sets)
-        else:
-            gains = _gains(kept, of_sets)  # [orders, outs, units]
-            pairs = (gains[0::2] + gains[1::2]) / 2
-            scores, errors = pairs.mean(dim=0), pairs.std(dim=0) / math.sqrt(len(pairs))
-        # the first subset of both is the empty one
-        moved = whole[row].double().cpu() - of_sets.flatten(0, -2)[0]
-        result = attribution(asked, row, scores, moved=moved, errors=errors, forwards=len(rows) + 1)
-        found.append(replace(result, closed=(result.gap or 0) < 1e-2))
-    return found
+    most = [shapley_rows(len(units), permutations) for units in asked.units]
+    return _of_coalitions(asked, None, most, replacement, seed)
 
 
-def takes_all_subsets(units: int, permutations: int) -> bool:
-    """Whether all subsets of so many units are no more rows than the orders would take."""
-    return 2**units <= permutations * (units - 1) + 2
+def coalition_rows(units: int) -> int:
+    """The variants of so many units that ``coalitions`` runs by default."""
+    return max(128, 4 * units)
+
+
+def shapley_rows(units: int, permutations: int) -> int:
+    """The variants that Shapley values of so many units run: all, where the orders take as many."""
+    return min(2**units - 1, permutations * (units - 1) + 1)
+
+
+def interactions(
+    model: Any,
+    question: Question,
+    keep: float | None = None,
+    rows: int | None = None,
+    replacement: str | Tensor | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """How much more two units add together than each by itself: in nats, with standard errors.
+
+    Both FloatTensors [units, units], symmetric with a diagonal of zeros, from the rows that
+    ``coalitions`` with the same options run. Where two units are needed together, their number is
+    positive; where one makes up for the other, negative.
+
+    Raises ``InputError`` as ``coalitions`` does. Sources: Owen 1972, doi:10.1287/mnsc.18.5.64;
+    Grabisch and Roubens 1999, doi:10.1007/s001820050125.
+    """
+    with asking(model, [question]) as asked:
+        units = len(question.units)
+        kept = _drawn(units, keep, rows or coalition_rows(units), seed)
+        whole, (values,) = coalition_values(asked, [kept], replacement)
+    scores, errors = average_gains(kept, values, whole[0], keep, pairs=True)
+    return scores[0].float(), errors[0].float()
+
+
+def average_gains(
+    kept: Tensor, values: Tensor, whole: Tensor, keep: float | None = None, pairs: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What each unit gains on average, and its standard error, from the values of some coalitions.
+
+    ``kept`` BoolTensor [rows, units] are the coalitions, no two alike and all units not among them,
+    ``values`` [rows, outs] theirs and ``whole`` [outs] that of all units. ``keep`` as in
+    ``coalitions``. Returns float64 [outs, units] twice; with ``pairs`` [outs, units, units], what
+    two units gain together beyond what each does alone.
+
+    Where the rows are all that count the averages are taken. Else the values are what a Gaussian
+    process on the coalitions says: its prior is that every unit, pair, triple … of units adds an
+    amount of its own, and that all pairs together vary less than all units by one factor, all
+    triples less than all pairs by the same; the factor that makes the values most probable is
+    taken. So the scores agree with every row, Shapley values add up, and the errors are the
+    posterior's. Sources: O'Hagan 1991,
+    doi:10.1016/0378-3758(91)90002-V; Rasmussen and Williams 2006, chapter 2.
+    """
+    kept = torch.cat([kept, torch.ones_like(kept[:1])])
+    values = torch.cat([values, whole[None]]).cpu().double()
+    shares = _shares(kept, keep, pairs)  # [rows, units or pairs]
+    if (shares.abs().sum(dim=0) < (4 if pairs else 2) - 1e-9).any():  # some coalitions lack
+        scores, errors = _posterior(kept, values, keep, pairs)
+    else:
+        scores = values.T @ shares
+        errors = torch.zeros_like(scores)
+    return (_square(scores, kept), _square(errors, kept)) if pairs else (scores, errors)
 
 
 def coalition_values(
@@ -164,31 +224,173 @@ def _subsets(units):
     return (torch.arange(2**units)[:, None] >> torch.arange(units)) % 2 == 1
 
 
-def _growing(units, permutations, seed):
-    """What is there while units are added in random orders: BoolTensor [orders, units + 1, units].
+def _of_coalitions(asked, keep, rows, replacement, seed):
+    """``coalitions`` where each question has its number of rows."""
+    if keep is not None and not 0 <= keep <= 1:
+        raise InputError(f"Units are kept with a probability from 0 to 1, not {keep}.")
+    alone = keep in (0, 1)  # then a unit meets all of the others or none of them
+    kept = [
+        _all_or_none(len(units), keep) if alone else _drawn(len(units), keep, most, seed)
+        for units, most in zip(asked.units, rows, strict=True)
+    ]
+    whole, values = coalition_values(asked, kept, replacement)
+    found = []
+    for row, (some, of_some) in enumerate(zip(kept, values, strict=True)):
+        scores, errors = average_gains(some, of_some, whole[row], keep)
+        moved = None
+        if keep is None:  # the first one drawn is the empty one
+            moved = whole[row].cpu().double() - of_some[0].cpu().double()
+        result = attribution(
+            asked,
+            row,
+            scores,
+            moved=moved,
+            errors=None if alone else errors,
+            forwards=len(some) + 1,
+        )
+        closed = None if moved is None else (result.gap or 0) < 1e-2
+        found.append(replace(result, closed=closed))
+    return found
 
-    Orders 2k and 2k + 1 are each other's reverse.
+
+def _all_or_none(units, keep):
+    """What the gains of units need that meet all of the others, or none: see ``_drawn``."""
+    alone = torch.eye(units, dtype=torch.bool)
+    kept = ~alone if keep else torch.cat([torch.zeros_like(alone[:1]), alone])
+    return kept[~kept.all(dim=1)]
+
+
+def _drawn(units, keep, rows, seed):
+    """Coalitions, no two alike and the whole not among them: BoolTensor [rows, units].
+
+    The empty one first; without a ``keep`` then those without one unit and those of one alone; then
+    draws by ``keep``, and a few by any other probability, to learn from what kind of function it
+    is. Where a coalition counts as much as what it leaves out, both are taken: of an odd and an
+    even part of the function, the scores are those of the odd one.
     """
+    if 2**units - 1 <= rows:
+        return _subsets(units)[:-1]
+    if rows < 2 * units + 1:
+        raise InputError(
+            f"Coalitions of {units} units need at least {2 * units + 1} rows, not {rows}."
+        )
+    alone = torch.eye(units, dtype=torch.bool)
+    start = torch.cat([torch.zeros_like(alone[:1]), ~alone, alone][: 3 if keep is None else 1])
+    found = dict.fromkeys(map(tuple, start.tolist()))  # in their order
     generator = torch.Generator().manual_seed(seed)
-    turn = torch.stack(
-        [torch.randperm(units, generator=generator) for _ in range(permutations // 2)]
-    )
-    turn = torch.stack([turn, units - 1 - turn], dim=1).flatten(0, 1)  # when each unit is added
-    return turn[:, None, :] < torch.arange(units + 1)[:, None]
+    while len(found) < rows:
+        chance, coin = torch.rand(2, generator=generator).tolist()
+        if keep is not None and coin > OTHERS:
+            chance = keep
+        row = torch.rand(units, generator=generator) < chance
+        for some in (row, ~row) if keep in (None, 0.5) else (row,):
+            if len(found) < rows and not some.all():
+                found[tuple(some.tolist())] = None
+    return torch.tensor(list(found))
 
 
-def _gains(kept, values):
-    """What each unit added in each order: [orders, outs, units] of values [orders, steps, outs]."""
-    arrived = (kept[:, 1:] & ~kept[:, :-1]).double()  # [orders, steps, units]: one unit a step
-    return torch.einsum("osv,osu->ovu", values.diff(dim=1), arrived)
+def _shares(kept, keep, pairs=False):
+    """What share of the average gain each coalition stands for: float64 [rows, units or pairs].
+
+    The gain of a unit is what coalitions with it have more than those without; of a pair, it is the
+    one's gain where the other is there, less where it is not.
+    """
+    there, sides = _of_members(kept, pairs)
+    others = kept.shape[1] - 1 - pairs
+    if keep is None:
+        of_size = [1 / ((others + 1) * math.comb(others, k)) for k in range(others + 1)]
+    else:
+        of_size = [keep**k * (1 - keep) ** (others - k) for k in range(others + 1)]
+    size = kept.sum(dim=1, keepdim=True) - there
+    return sides * torch.tensor(of_size, dtype=torch.float64)[size]
 
 
-def _average_gain(kept, values):
-    """Shapley values [outs, units] from the values [subsets, outs] of all subsets."""
+def _of_members(kept, pairs):
+    """How many of a unit, or of the two of a pair, are there, and the product of their signs.
+
+    Both [rows, units or pairs]; the sign of what is there is 1, else -1.
+    """
+    signs = kept.double() * 2 - 1
+    if not pairs:
+        return kept.long(), signs
+    one, other = torch.triu_indices(kept.shape[1], kept.shape[1], 1)
+    return kept[:, one].long() + kept[:, other], signs[:, one] * signs[:, other]
+
+
+def _square(of_pairs, kept):
+    """Numbers of pairs [outs, pairs] as [outs, units, units], symmetric with zeros between."""
+    one, other = torch.triu_indices(kept.shape[1], kept.shape[1], 1)
+    square = of_pairs.new_zeros(len(of_pairs), kept.shape[1], kept.shape[1])
+    square[:, one, other] = square[:, other, one] = of_pairs
+    return square
+
+
+def _posterior(kept, values, keep, pairs):
+    """Scores and errors [outs, units or pairs] by the Gaussian process of ``average_gains``.
+
+    Of units that are there (1) or not (-1), what a subset of them adds is its amount times the
+    product of their signs. So the covariance of two coalitions hangs on in how many units they
+    differ, and that of a coalition and a gain on how many of the other units the coalition lacks.
+    """
     units = kept.shape[1]
-    size = kept.sum(dim=1, keepdim=True)  # [2**units, 1]
-    # a subset that lacks a unit stands for 1 in units * C(units - 1, size) of the orders
-    share = torch.tensor([1 / (units * math.comb(units - 1, k)) for k in range(units)] + [0.0])
-    share = share.double()
-    weights = torch.where(kept, share[(size - 1).clamp_min(0)], -share[size])  # [2**units, units]
-    return values.T @ weights
+    others = units - 1 - pairs
+    there, sides = _of_members(kept, pairs)
+    lacks = others - (kept.sum(dim=1, keepdim=True) - there)  # [rows, units or pairs]
+    differ = torch.cdist(kept.double(), kept.double(), p=1).round().long()  # [rows, rows]
+
+    def root_of(factor):
+        shares = _shares_of_orders(units, factor)
+        covariance = (shares @ _signs(units))[differ] + LEVEL
+        return torch.linalg.cholesky(covariance + ROUNDING * torch.eye(len(kept)).double())
+
+    level = values.mean(dim=0)
+    found = []
+    for factor in FACTORS:
+        root = root_of(factor)
+        told = torch.linalg.solve_triangular(root, (values - level).sum(1, True), upper=False)
+        found.append((float(len(kept) * told.norm().log() + root.diagonal().log().sum()), factor))
+    factor = min(found)[1]  # the most probable one of the sum of the outs: then these add up to it
+    root = root_of(factor)
+    # of the subsets that hold the unit, or the pair: by the number of others that are in them
+    shares = _shares_of_orders(units, factor)[1 + pairs :]
+    shares = shares * _choose(others) / _choose(units)[1 + pairs :]
+    mean = _mean_products(others, keep)
+    together = 2 ** (1 + pairs) * ((shares * mean) @ _signs(others))[lacks] * sides
+    alone = 4 ** (1 + pairs) * (shares * mean.square()).sum()
+    known = torch.linalg.solve_triangular(root, together, upper=False)  # [rows, units or pairs]
+    told = torch.linalg.solve_triangular(root, values - level, upper=False)  # [rows, outs]
+    left = (alone - known.square().sum(dim=0)).clamp_min(0)
+    return told.T @ known, (told.square().mean(dim=0)[:, None] * left).sqrt()
+
+
+def _shares_of_orders(units, factor):
+    """What part of the variance is that of the subsets of 0, 1, … units: float64 [units + 1]."""
+    shares = factor ** torch.arange(units + 1).double()
+    shares[0] = 0
+    return shares / shares.sum()
+
+
+def _choose(units):
+    """How many subsets have 0, 1, … of so many units: float64 [units + 1]."""
+    return torch.tensor([math.comb(units, k) for k in range(units + 1)], dtype=torch.float64)
+
+
+def _mean_products(units, keep):
+    """The mean product of 0, 1, … signs of units that are kept by chance: float64 [units + 1]."""
+    order = torch.arange(units + 1).double()
+    return (2 * keep - 1) ** order if keep is not None else (order % 2 == 0) / (order + 1)
+
+
+@cache
+def _signs(units):
+    """The mean product of the signs of d units, where h of all are -1: float64 [d, h].
+
+    These are Krawtchouk's polynomials, over their value at 0.
+    """
+    signs = torch.ones(units + 1, units + 1).double()
+    h = torch.arange(units + 1).double()
+    if units:
+        signs[1] = 1 - 2 * h / units
+    for d in range(1, units):
+        signs[d + 1] = ((units - 2 * h) * signs[d] - d * signs[d - 1]) / (units - d)
+    return signs
