@@ -39,7 +39,7 @@ def coalitions(
     Raises ``InputError`` for a ``keep`` outside of 0 to 1, and for fewer rows than two a unit, and
     one. Source: Dubey, Neyman and Weber 1981, doi:10.1287/moor.6.1.122.
     """
-    most = [rows or coalition_rows(len(units)) for units in asked.units]
+    most = [coalition_rows(len(units)) if rows is None else rows for units in asked.units]
     return _of_coalitions(asked, keep, most, replacement, seed)
 
 
@@ -108,9 +108,10 @@ def interactions(
     Raises ``InputError`` as ``coalitions`` does. Sources: Owen 1972, doi:10.1287/mnsc.18.5.64;
     Grabisch and Roubens 1999, doi:10.1007/s001820050125.
     """
+    _check(keep)
     with asking(model, [question]) as asked:
         units = len(question.units)
-        kept = _drawn(units, keep, rows or coalition_rows(units), seed)
+        kept = _drawn(units, keep, coalition_rows(units) if rows is None else rows, seed)
         whole, (values,) = coalition_values(asked, [kept], replacement)
     scores, errors = average_gains(kept, values, whole[0], keep, pairs=True)
     return scores[0].float(), errors[0].float()
@@ -224,10 +225,14 @@ def _subsets(units):
     return (torch.arange(2**units)[:, None] >> torch.arange(units)) % 2 == 1
 
 
-def _of_coalitions(asked, keep, rows, replacement, seed):
-    """``coalitions`` where each question has its number of rows."""
+def _check(keep):
     if keep is not None and not 0 <= keep <= 1:
         raise InputError(f"Units are kept with a probability from 0 to 1, not {keep}.")
+
+
+def _of_coalitions(asked, keep, rows, replacement, seed):
+    """``coalitions`` where each question has its number of rows."""
+    _check(keep)
     alone = keep in (0, 1)  # then a unit meets all of the others or none of them
     kept = [
         _all_or_none(len(units), keep) if alone else _drawn(len(units), keep, most, seed)
@@ -237,6 +242,8 @@ def _of_coalitions(asked, keep, rows, replacement, seed):
     found = []
     for row, (some, of_some) in enumerate(zip(kept, values, strict=True)):
         scores, errors = average_gains(some, of_some, whole[row], keep)
+        if asked.each:
+            scores = _nothing_unread(asked, row, scores)
         moved = None
         if keep is None:  # the first one drawn is the empty one
             moved = whole[row].cpu().double() - of_some[0].cpu().double()
@@ -251,6 +258,21 @@ def _of_coalitions(asked, keep, rows, replacement, seed):
         closed = None if moved is None else (result.gap or 0) < 1e-2
         found.append(replace(result, closed=closed))
     return found
+
+
+def _nothing_unread(asked, row, scores):
+    """Scores [outs, units] with 0 where an output is read before the unit: the last one sees all.
+
+    What was estimated there goes to the last output, which gives back as much in the units that the
+    other one reads: neither an output's total nor a unit's is another one then.
+    """
+    first = torch.tensor([unit.positions[0] for unit in asked.units[row]])
+    unread = first > asked.positions[:, None]
+    over = torch.where(unread, scores, 0)
+    back = torch.where(unread, 0, over.sum(dim=1, keepdim=True))
+    change = back / (~unread).sum(dim=1, keepdim=True) - over
+    change[-1] -= change.sum(dim=0)
+    return scores + change
 
 
 def _all_or_none(units, keep):
@@ -385,12 +407,13 @@ def _mean_products(units, keep):
 def _signs(units):
     """The mean product of the signs of d units, where h of all are -1: float64 [d, h].
 
-    These are Krawtchouk's polynomials, over their value at 0.
+    These are Krawtchouk's polynomials, over their value at 0. Those of the larger half of d follow
+    from the smaller half's: the product of all signs is that of the rest, times (-1)**h.
     """
-    signs = torch.ones(units + 1, units + 1).double()
     h = torch.arange(units + 1).double()
-    if units:
-        signs[1] = 1 - 2 * h / units
-    for d in range(1, units):
-        signs[d + 1] = ((units - 2 * h) * signs[d] - d * signs[d - 1]) / (units - d)
-    return signs
+    signs = [torch.ones_like(h)]
+    for d in range(units // 2):
+        before = signs[d - 1] if d else 0
+        signs.append(((units - 2 * h) * signs[d] - d * before) / (units - d))
+    rest = [(-1) ** h * signs[units - d] for d in range(units // 2 + 1, units + 1)]
+    return torch.stack(signs + rest)
