@@ -89,7 +89,8 @@ $(INSEQ)/ready: benchmarks/peers/inseq-requirements.txt
 	$(INSEQ)/bin/python -m pip install --quiet -r $<
 	touch $@
 
-# The first keeps the machine to itself for twenty minutes; the second can be interrupted.
+# The first keeps the machine to itself for twenty minutes; the second can be interrupted. SHAPIQ=
+# is the python of an environment with benchmarks/peers/shapiq-requirements.txt, from 3.12.
 bench: model $(INSEQ)/ready
 	$(BIN)/python benchmarks/reports.py
 	$(BIN)/python benchmarks/reports.py --killed
@@ -101,6 +102,7 @@ bench: model $(INSEQ)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/yardsticks.py
 	$(BIN)/python benchmarks/planner.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/precision.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coalitions.py $(if $(SHAPIQ),--shapiq $(SHAPIQ))
 
 # One process a core, one thread each. Finished prompts are kept in outputs/evidence. Writes the table
 # that the notebooks read, the summary in benchmarks/results.md and docs/evidence.png.

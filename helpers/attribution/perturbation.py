@@ -101,9 +101,9 @@ def interactions(
 ) -> tuple[Tensor, Tensor]:
     """How much more two units add together than each by itself: in nats, with standard errors.
 
-    Both FloatTensors [units, units], symmetric with a diagonal of zeros, from the rows that
-    ``coalitions`` with the same options run. Where two units are needed together, their number is
-    positive; where one makes up for the other, negative.
+    Both FloatTensors [units, units], symmetric with a diagonal of zeros. The options are those of
+    ``coalitions``, and the rows, but that with a ``keep`` of 0 or 1 some are drawn, too. Where two
+    units are needed together, their number is positive; where one makes up for the other, negative.
 
     Raises ``InputError`` as ``coalitions`` does. Sources: Owen 1972, doi:10.1287/mnsc.18.5.64;
     Grabisch and Roubens 1999, doi:10.1007/s001820050125.
@@ -111,10 +111,41 @@ def interactions(
     _check(keep)
     with asking(model, [question]) as asked:
         units = len(question.units)
-        kept = _drawn(units, keep, coalition_rows(units) if rows is None else rows, seed)
+        kept = draw_coalitions(units, keep, coalition_rows(units) if rows is None else rows, seed)
         whole, (values,) = coalition_values(asked, [kept], replacement)
     scores, errors = average_gains(kept, values, whole[0], keep, pairs=True)
     return scores[0].float(), errors[0].float()
+
+
+def draw_coalitions(units: int, keep: float | None, rows: int, seed: int = 0) -> Tensor:
+    """Coalitions, no two alike and that of all units not among them: BoolTensor [rows, units].
+
+    Where all are no more than ``rows``, all of them. Else the empty one; without a ``keep`` those
+    without one unit and those of one alone; then draws by ``keep``, and a few by any other
+    probability, to learn from what kind of function it is. Where a coalition counts as much as what
+    it leaves out, both are taken: the scores are of the function's odd part alone.
+
+    Raises ``InputError`` for fewer rows than two a unit, and one.
+    """
+    if 2**units - 1 <= rows:
+        return (torch.arange(2**units - 1)[:, None] >> torch.arange(units)) % 2 == 1
+    if rows < 2 * units + 1:
+        raise InputError(
+            f"Coalitions of {units} units need at least {2 * units + 1} rows, not {rows}."
+        )
+    alone = torch.eye(units, dtype=torch.bool)
+    start = torch.cat([torch.zeros_like(alone[:1]), ~alone, alone][: 3 if keep is None else 1])
+    found = dict.fromkeys(map(tuple, start.tolist()))  # in their order
+    generator = torch.Generator().manual_seed(seed)
+    while len(found) < rows:
+        chance, coin = torch.rand(2, generator=generator).tolist()
+        if keep is not None and coin > OTHERS:
+            chance = keep
+        row = torch.rand(units, generator=generator) < chance
+        for some in (row, ~row) if keep in (None, 0.5) else (row,):
+            if len(found) < rows and not some.all():
+                found[tuple(some.tolist())] = None
+    return torch.tensor(list(found))
 
 
 def average_gains(
@@ -220,11 +251,6 @@ def baseline_of(asked: Asked, baseline: str | Tensor) -> Tensor:
     return found
 
 
-def _subsets(units):
-    """Every subset of the units: BoolTensor [2**units, units], the empty one first."""
-    return (torch.arange(2**units)[:, None] >> torch.arange(units)) % 2 == 1
-
-
 def _check(keep):
     if keep is not None and not 0 <= keep <= 1:
         raise InputError(f"Units are kept with a probability from 0 to 1, not {keep}.")
@@ -235,14 +261,14 @@ def _of_coalitions(asked, keep, rows, replacement, seed):
     _check(keep)
     alone = keep in (0, 1)  # then a unit meets all of the others or none of them
     kept = [
-        _all_or_none(len(units), keep) if alone else _drawn(len(units), keep, most, seed)
+        _all_or_none(len(units), keep) if alone else draw_coalitions(len(units), keep, most, seed)
         for units, most in zip(asked.units, rows, strict=True)
     ]
     whole, values = coalition_values(asked, kept, replacement)
     found = []
     for row, (some, of_some) in enumerate(zip(kept, values, strict=True)):
         scores, errors = average_gains(some, of_some, whole[row], keep)
-        if asked.each:
+        if asked.each and errors.any():
             scores = _nothing_unread(asked, row, scores)
         moved = None
         if keep is None:  # the first one drawn is the empty one
@@ -276,39 +302,10 @@ def _nothing_unread(asked, row, scores):
 
 
 def _all_or_none(units, keep):
-    """What the gains of units need that meet all of the others, or none: see ``_drawn``."""
+    """The coalitions that count for units that meet all of the others, or none of them."""
     alone = torch.eye(units, dtype=torch.bool)
     kept = ~alone if keep else torch.cat([torch.zeros_like(alone[:1]), alone])
     return kept[~kept.all(dim=1)]
-
-
-def _drawn(units, keep, rows, seed):
-    """Coalitions, no two alike and the whole not among them: BoolTensor [rows, units].
-
-    The empty one first; without a ``keep`` then those without one unit and those of one alone; then
-    draws by ``keep``, and a few by any other probability, to learn from what kind of function it
-    is. Where a coalition counts as much as what it leaves out, both are taken: of an odd and an
-    even part of the function, the scores are those of the odd one.
-    """
-    if 2**units - 1 <= rows:
-        return _subsets(units)[:-1]
-    if rows < 2 * units + 1:
-        raise InputError(
-            f"Coalitions of {units} units need at least {2 * units + 1} rows, not {rows}."
-        )
-    alone = torch.eye(units, dtype=torch.bool)
-    start = torch.cat([torch.zeros_like(alone[:1]), ~alone, alone][: 3 if keep is None else 1])
-    found = dict.fromkeys(map(tuple, start.tolist()))  # in their order
-    generator = torch.Generator().manual_seed(seed)
-    while len(found) < rows:
-        chance, coin = torch.rand(2, generator=generator).tolist()
-        if keep is not None and coin > OTHERS:
-            chance = keep
-        row = torch.rand(units, generator=generator) < chance
-        for some in (row, ~row) if keep in (None, 0.5) else (row,):
-            if len(found) < rows and not some.all():
-                found[tuple(some.tolist())] = None
-    return torch.tensor(list(found))
 
 
 def _shares(kept, keep, pairs=False):

@@ -226,6 +226,22 @@ def test_of_a_linear_model_no_two_units_interact(tiny):
     assert scores.abs().max() < 2e-2 * model.known_scores(question).abs().max()
 
 
+def test_who_is_named_twice_is_said_by_the_two_mentions_together(bundled):
+    """Why a name's second mention, which decides, has no Shapley value to speak of."""
+    question = ask(
+        *bundled,
+        "After Simon and Jack argued, Simon apologised to",
+        target=" Jack",
+        foil=" Simon",
+    )
+    first, second = (i for i, label in enumerate(question.labels) if label == " Simon")
+    scores, errors = interactions(bundled[0], question)
+    assert scores[second].argmax() == first
+    assert scores[first, second] > 3 * errors[first, second]
+    alone = attribute(bundled[0], question, "shapley").scores
+    assert abs(alone[second]) < scores[first, second] / 4
+
+
 @pytest.mark.parametrize("keep", [-0.1, 1.5, float("nan")])
 def test_what_is_no_probability_is_refused(tiny, keep):
     for run in (
