@@ -123,7 +123,7 @@ def _shapley_price(units: int, tokens: int, options: dict) -> Price:
 
 def _coalition_options(units: int, tokens: int, budget: int) -> dict | None:
     rows = min(coalition_rows(units), budget // tokens - 1)
-    return {"rows": rows} if rows >= min(2 * units + 1, 2**units - 1) else None
+    return {"rows": rows} if rows >= min(4 * units, 2**units - 1) else None
 
 
 def _coalition_price(units: int, tokens: int, options: dict) -> Price:
