@@ -60,7 +60,8 @@ class Method:
     whole). ``refusal(model)`` is a sentence where the model lacks what the method needs, or
     ``None``. ``options(units, tokens, budget)`` are the method's options under a budget of tokens x
     gradients, ``None`` where it cannot be afforded; ``price(units, tokens, options)`` is what a
-    prompt takes with them. ``reads`` names a pass that methods share.
+    prompt takes with them. ``reads`` names a pass that methods share. One that is not ``usual`` is
+    run where it is named, and not where all are: its usual cases have names of their own.
 
     A package adds its own by the entry point group ``llama_notebooks.methods``, which leads to a
     ``Method``; its name is that of the entry point.
@@ -75,6 +76,7 @@ class Method:
     refusal: Callable[[Any], str | None] = lambda model: None
     options: Callable[[int, int, int], dict | None] = _no_options
     reads: str = ""
+    usual: bool = True
 
     def __call__(self, asked: Asked, **options: Any) -> list[Attribution]:
         return self.run(asked, **options)
@@ -194,13 +196,17 @@ BUILT_IN = [
         adds_up=True,
         additive=False,
         options=_coalition_options,
+        usual=False,  # occlusion and shapley are two of them
     ),
     Method("random", random, lambda units, tokens, options: Price(), additive=False),
 ]
 
 
 class Methods(Mapping[str, Method]):
-    """``{name: Method}`` of this package and of others, which are looked for at the first use."""
+    """``{name: Method}`` of this package and of others, which are looked for at the first use.
+
+    Any is found by its name; those that are not ``usual`` are not counted or iterated over.
+    """
 
     @cached_property
     def _found(self) -> dict[str, Method]:
@@ -234,10 +240,10 @@ class Methods(Mapping[str, Method]):
         return name in self._found
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
+        return (name for name, method in self._found.items() if method.usual)
 
     def __len__(self) -> int:
-        return len(self._found)
+        return sum(1 for _ in self)
 
 
 METHODS = Methods()

@@ -353,7 +353,7 @@ def test_rows_are_those_that_are_run_and_parts_of_the_memory_add_up(tiny, tiny_f
     assert found.seconds == sum(need.seconds for need in found.methods.values() if need)
     for name, need in found.methods.items():
         if need is None:
-            assert name in ("shapley", "coalitions") and length == 150
+            assert name == "shapley" and length == 150
             continue
         parts = need.memory
         assert need.peak == sum(parts.values()) <= found.peak and need.least <= need.peak
