@@ -1,6 +1,10 @@
 """The prompts whose decisive word is known: what they promise, and how a method is marked."""
 
+import re
 from collections import Counter
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
 from itertools import islice
 from types import SimpleNamespace
 
@@ -14,17 +18,33 @@ from helpers import METHODS, InputError, ask, attribute
 from helpers.ground_truth import (
     DATA,
     FAMILIES,
+    LONGER,
+    PARAGRAPH,
     Case,
     cases,
     evidence_positions,
+    evidence_units,
     random_reciprocal_rank,
     reciprocal_rank,
     solved,
 )
+from helpers.questions import read_question
 
 SPLITS = ("tuning", "reporting")
-every_list = pytest.mark.parametrize(
-    "family, split", [(family, split) for family in FAMILIES for split in SPLITS]
+
+
+def lists(families):
+    return pytest.mark.parametrize(
+        "family, split", [(family, split) for family in families for split in SPLITS]
+    )
+
+
+every_list, longer_list = lists(FAMILIES + LONGER), lists(LONGER)
+# what both halves may say
+FUNCTION_WORDS = (
+    "a about after all although an and are at been both but by could for from had has he her his "
+    "i in is it its nothing of on one only out she so some that the their them there to two up "
+    "was we were what which who whose with you"
 )
 
 
@@ -61,29 +81,53 @@ def letters(prompt, evidence, other):
     return Case("copy", "tuning", prompt, evidence, other, evidence, counterfactual)
 
 
+def text_of(prompt):
+    """A text, or all that messages say."""
+    return prompt if isinstance(prompt, str) else "\n".join(each["content"] for each in prompt)
+
+
+def strings(some):
+    """Every text and number in nested lists and the values of mappings."""
+    if isinstance(some, dict | list):
+        for one in some.values() if isinstance(some, dict) else some:
+            yield from strings(one)
+    else:
+        yield str(some)
+
+
+def words_of(half):
+    """All the words of a half of a family, slots left out."""
+    known = [word for group in half["groups"] for word in group.get("capital_of", {})]
+    text = " ".join([*strings(half), *known])
+    return set(re.findall(r"[a-z']+", re.sub(r"\{\w+\}", "", text).lower()))
+
+
 # --- the prompts -------------------------------------------------------------------------------
 
 
 @every_list
 def test_prompts_differ_in_the_evidence_word_alone(family, split):
     for case in cases(family, split):
-        words, others = case.prompt.split(), case.counterfactual.split()
+        words, others = (text_of(some).split() for some in (case.prompt, case.counterfactual))
         differ = [pair for pair in zip(words, others, strict=True) if pair[0] != pair[1]]
-        assert len(differ) == 1 and differ[0][0].strip(".,") == case.evidence
-        assert case.prompt.strip() == case.prompt and "  " not in case.prompt
+        assert len(differ) == 1 and differ[0][0].strip('.,?:"') == case.evidence
+        prompt = text_of(case.prompt)
+        assert prompt.strip() == prompt and "  " not in prompt
 
 
 @every_list
 def test_both_directions_of_every_pair_are_there(family, split):
     both = cases(family, split)
-    one_way = {(case.prompt, case.counterfactual, case.target, case.foil) for case in both}
+    one_way = {
+        (str(case.prompt), str(case.counterfactual), case.target, case.foil) for case in both
+    }
     assert one_way == {(other, prompt, foil, target) for prompt, other, target, foil in one_way}
     assert Counter(case.target for case in both) == Counter(case.foil for case in both)
 
 
 @every_list
 def test_no_prompt_is_asked_twice_and_there_are_enough(family, split):
-    prompts = [case.prompt for case in cases(family, split)]
+    prompts = [str(case.prompt) for case in cases(family, split)]
     assert len(prompts) == len(set(prompts)) >= {"tuning": 60, "reporting": 600}[split]
 
 
@@ -105,6 +149,16 @@ def test_the_first_cases_are_those_that_were_published():
     ]
 
 
+def test_the_first_longer_cases_are_those_that_were_published():
+    first = [cases(family, "reporting")[0] for family in LONGER]
+    assert [(text_of(case.prompt)[-25:], case.target, case.foil) for case in first] == [
+        (" ended with a victory for", " Mary", " Julia"),
+        ("outer has been changed to", " river", " bottle"),
+        ("urope, after six years in", " Jakarta", " Caracas"),
+        ("ted?\nA: It was started by", " Susan", " Sarah"),
+    ]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tuning_and_reporting_share_no_prompt_template_or_open_class_word(family):
     tuning, reporting = (yaml.safe_load(DATA.read_text())[family][split] for split in SPLITS)
@@ -116,7 +170,7 @@ def test_tuning_and_reporting_share_no_prompt_template_or_open_class_word(family
     assert not prompts[0] & prompts[1]
 
 
-@every_list
+@lists(FAMILIES)
 def test_a_prompt_can_be_asked_after_other_words(family, split, bundled):
     """Only its first token may change, by the space before it."""
     _, tokenizer = bundled
@@ -127,10 +181,142 @@ def test_a_prompt_can_be_asked_after_other_words(family, split, bundled):
 
 
 def test_an_unknown_family_or_split_is_refused_with_the_ones_there_are():
-    with pytest.raises(InputError, match="indirect_object"):
+    with pytest.raises(InputError, match=r"indirect_object.*passages"):
         cases("riddles", "tuning")
     with pytest.raises(InputError, match="reporting"):
         cases("copy", "validation")
+
+
+# --- the longer ones ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", LONGER)
+def test_the_halves_of_a_longer_family_share_function_words_alone(family):
+    halves = yaml.safe_load(DATA.read_text())[family]
+    tuning, reporting = (words_of(halves[split]) for split in SPLITS)
+    assert len(tuning) > 40 and len(reporting) > 40
+    assert tuning & reporting <= set(FUNCTION_WORDS.split())
+
+
+@lists(("long_fact", "passages"))
+def test_no_text_around_the_fact_holds_a_word_that_may_be_evidence(family, split):
+    half = yaml.safe_load(DATA.read_text())[family][split]
+    around = " ".join(half["around"]["texts"]).lower()
+    copied = {word.lower() for group in half["groups"] for word in group["copied"]}
+    assert copied and not copied & set(re.findall(r"\w+", around))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_fact_stands_at_each_of_twelve_places_equally_often(split):
+    around = yaml.safe_load(DATA.read_text())["long_fact"][split]["around"]["texts"]
+    found = Counter()
+    for case in cases("long_fact", split):
+        differ = [a != b for a, b in zip(case.prompt, case.counterfactual, strict=False)]
+        same = case.prompt[: differ.index(True)]
+        assert sum(text in case.prompt for text in around) == 11
+        found[sum(text in same for text in around)] += 1
+    assert set(found) == set(range(12))
+    assert max(found.values()) - min(found.values()) <= 2  # both directions of one pair
+
+
+@longer_list
+def test_the_two_of_a_longer_pair_are_of_equal_length_and_differ_in_one_run(family, split, bundled):
+    _, tokenizer = bundled
+    for case in cases(family, split):
+        both = [ask_nothing(case, tokenizer, way) for way in (False, True)]
+        places = evidence_positions(*both)  # fails where the lengths differ
+        assert places and places == list(range(places[0], places[-1] + 1))
+        if family == "long_fact":
+            assert 150 <= len(both[0].labels) <= 400
+        if family == "answer":
+            assert min(len(both[0].target), len(both[0].foil)) >= 2
+
+
+def ask_nothing(case, tokenizer, counterfactual):
+    """The question as it is read, without a run of the model."""
+    return read_question(tokenizer, **case.asked(tokenizer, counterfactual=counterfactual))
+
+
+@pytest.fixture(scope="module")
+def some_solved(bundled):
+    """``some_solved(family, split)``: the first 24 that the bundled model solves, twelve pairs."""
+    return cache(lambda family, split: list(islice(solved(*bundled, cases(family, split)), 24)))
+
+
+@longer_list
+def test_the_bundled_model_solves_twelve_pairs_of_each_longer_list(family, split, some_solved):
+    found = some_solved(family, split)
+    assert len(found) == 24
+    for (case, question, _), (back, other, _) in zip(found[::2], found[1::2], strict=True):
+        assert (case.prompt, case.counterfactual) == (back.counterfactual, back.prompt)
+        assert (question.target, question.foil) == (other.foil, other.target)
+
+
+@pytest.mark.parametrize("family", LONGER)
+def test_a_longer_case_is_solved_as_it_would_be_asked(family, bundled, some_solved):
+    model, tokenizer = bundled
+    for case, question, other in some_solved(family, "tuning")[:6]:
+        for found, way in ((question, False), (other, True)):
+            alone = ask(model, tokenizer, **case.asked(tokenizer, counterfactual=way))
+            assert torch.equal(found.input_ids, alone.input_ids)
+            for name in ("prompt", "target", "foil", "units", "notes", "top", "rank", "grouping"):
+                assert getattr(found, name) == getattr(alone, name)
+            assert found.probability == pytest.approx(alone.probability, rel=1e-3)
+
+
+def test_whole_answers_are_compared_by_all_their_tokens(bundled):
+    model, tokenizer = bundled
+    some, by_hand = cases("answer", "reporting")[:12], []
+
+    def log_probability(prompt, answer):
+        before, ids = (tokenizer(text)["input_ids"] for text in (prompt, answer))
+        with torch.inference_mode():
+            rows = model(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1]
+        return rows.log_softmax(dim=-1)[range(len(ids)), ids].sum()
+
+    for case in some:
+        leads = [
+            log_probability(prompt, case.target) - log_probability(prompt, case.foil)
+            for prompt in (case.prompt, case.counterfactual)
+        ]
+        if leads[0] > 0 > leads[1]:
+            by_hand.append(case)
+    found = list(solved(model, tokenizer, some))
+    assert [case for case, _, _ in found] == by_hand
+    assert 0 < len(by_hand) < len(some)
+    for case, question, _ in found:
+        assert (question.target_label, question.foil_label) == (case.target, case.foil)
+        assert {unit.part for unit in question.units} == {"prompt"}  # with a foil no answer's
+
+
+def test_messages_differ_in_the_words_of_the_system_or_of_the_user(some_solved):
+    for split in SPLITS:
+        parts = {
+            question.parts[place]
+            for _, question, other in some_solved("chat", split)
+            for place in evidence_positions(question, other)
+        }
+        assert parts == {"system", "user"}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_evidence_of_passages_is_the_one_that_differs(split, some_solved):
+    for case, question, other in some_solved("passages", split):
+        passages = case.prompt.split(PARAGRAPH)[:-1]
+        assert 3 <= len(passages) <= 5 and question.grouping == "sources"
+        (wanted,) = (text for text in passages if text not in case.counterfactual)
+        (index,) = evidence_units(question, other)
+        assert question.units[index].label.strip() == wanted
+        assert [unit.label.strip() for unit in question.units[: len(passages)]] == passages
+
+
+def test_passages_can_be_asked_by_tokens_too(bundled, some_solved):
+    some = [case for case, _, _ in some_solved("passages", "tuning")[:4]]
+    found = list(solved(*bundled, some, units="tokens"))
+    assert [case for case, _, _ in found] == some
+    for _, question, other in found:
+        assert len(question.units) == len(question.labels)
+        assert evidence_units(question, other) == evidence_positions(question, other)
 
 
 # --- the filter --------------------------------------------------------------------------------
@@ -203,6 +389,26 @@ def test_prompts_of_unequal_length_and_answers_that_begin_alike_do_not_count(tin
     alike = Case("copy", "tuning", "xay", "aa", "ab", "a", "xby")
     good = letters("xay", "a", "b")
     assert [found[0] for found in solved(model, tokenizer, [longer, alike, good])] == [good]
+
+
+def test_answers_that_begin_alike_count_if_they_are_whole(tiny):
+    _, tokenizer = tiny
+    model = CopyModel(tokenizer, 1)
+    for target, foil in (("aa", "ab"), ("ca", "cb"), ("ca", "db")):
+        case = Case("answer", "tuning", "xay", target, foil, "a", "xby")
+        assert not list(solved(model, tokenizer, [case]))
+        ((_, question, other),) = solved(model, tokenizer, [replace(case, whole=True)])
+        assert len(question.target) == len(question.foil) == 2
+        assert question.probability > other.probability
+    ends = Case("answer", "tuning", "xay", "a", "ab", "a", "xby", whole=True)
+    assert not list(solved(model, tokenizer, [ends]))  # the one is the beginning of the other
+
+
+def test_a_model_without_a_chat_template_is_refused_chats(tiny):
+    model, tokenizer = tiny[0], deepcopy(tiny[1])
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match="no chat template"):
+        next(solved(model, tokenizer, cases("chat", "tuning")))
 
 
 def test_prompts_of_several_lengths_come_back_in_the_order_they_were_given(tiny):
