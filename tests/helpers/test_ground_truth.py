@@ -255,7 +255,10 @@ def test_the_bundled_model_solves_twelve_pairs_of_each_longer_list(family, split
 @pytest.mark.parametrize("family", LONGER)
 def test_a_longer_case_is_solved_as_it_would_be_asked(family, bundled, some_solved):
     model, tokenizer = bundled
-    for case, question, other in some_solved(family, "tuning")[:6]:
+    some = some_solved(family, "tuning")[:6]
+    assert some
+    for case, question, other in some:
+        assert (question.prompt, other.prompt) == (case.prompt, case.counterfactual)
         for found, way in ((question, False), (other, True)):
             alone = ask(model, tokenizer, **case.asked(tokenizer, counterfactual=way))
             assert torch.equal(found.input_ids, alone.input_ids)
