@@ -312,7 +312,8 @@ def _correction(plan, shape, machine, notebook, out):
 def _methods_of(folder):
     """The methods that a report has evidence of; none where it is another notebook's."""
     try:
-        return {*pd.read_csv(folder / "evidence.csv", usecols=["method"])["method"]} & {*METHODS}
+        found = pd.read_csv(folder / "evidence.csv", usecols=["method"])["method"]
+        return {name for name in found if name in METHODS}
     except (OSError, ValueError):  # what pandas raises is one of these
         return set()
 

@@ -274,10 +274,9 @@ def _tables(tokenizer, jobs, answers, methods, origin):
         for method, result in results.items():
             _extend_scores(scores[method], job, result)
             evidence[method].append(_evidence_row(job, result, losses))
-    for method in METHODS:
-        if method in scores:
-            yield f"scores/method={method}", pa.table(scores[method], SCORES)
-            yield f"evidence/method={method}", pa.Table.from_pylist(evidence[method], EVIDENCE)
+    for method, columns in scores.items():
+        yield f"scores/method={method}", pa.table(columns, SCORES)
+        yield f"evidence/method={method}", pa.Table.from_pylist(evidence[method], EVIDENCE)
     yield "prompts", pa.Table.from_pylist(prompts, PROMPTS)
 
 

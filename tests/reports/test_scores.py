@@ -271,6 +271,12 @@ def test_a_job_may_have_methods_of_its_own(tiny_folder, tmp_path):
     assert errors["shapley"] == len("Oslo is in") and errors["saliency"] == 0
 
 
+def test_a_method_that_runs_only_where_it_is_named_has_its_tables(tiny_folder, tmp_path):
+    score_part([job("Riga is in")], tmp_path, model=str(tiny_folder), methods=["coalitions"])
+    for table in ("scores", "evidence"):
+        assert set(read(tmp_path, table)["method"]) == {"coalitions"}
+
+
 def test_neither_threads_nor_anything_else_of_torch_is_left_changed(tiny_folder, tmp_path):
     before = torch.get_num_threads()
     score_part([job("a")], tmp_path, model=str(tiny_folder), methods=["random"], threads=before + 1)
