@@ -54,7 +54,7 @@ from helpers.ground_truth import (
 from helpers.patching import causal_scores, patch_positions
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
-from report import keep, table
+from report import keep, table, with_interval
 
 KEPT = Path(__file__).parents[1] / "outputs" / "evidence"
 FIGURE = Path(__file__).parents[1] / "docs" / "evidence.png"
@@ -305,10 +305,6 @@ def main(
 
 
 # --- the summary -------------------------------------------------------------------------------
-
-
-def with_interval(row):
-    return f"{row['mean']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
 
 
 COLUMNS = {

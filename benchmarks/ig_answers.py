@@ -35,7 +35,7 @@ from helpers.ground_truth import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
-from report import keep, table
+from report import keep, table, with_interval
 
 TABLE = Path(__file__).parents[1] / "helpers" / "data" / "ig_answers.csv"
 EVALUATIONS = FIRST_EVALUATIONS  # of a line: the fewest that our integrated gradients take
@@ -71,9 +71,8 @@ def starts(model, question, other):
     }
 
 
-def reactions(asked, rows):
-    """The slopes towards the prompt [rows, seq] at ``rows`` [rows, seq, dim]; the mean is blank."""
-    step = asked.embeds[0, 0] - blank(asked, "mean")[0]  # [seq, dim]
+def reactions(asked, rows, step):
+    """The slopes along ``step`` [seq, dim] at ``rows`` [rows, seq, dim]: [rows, seq]."""
 
     def run(some):
         owner = torch.zeros(len(some), dtype=torch.long)
@@ -90,12 +89,12 @@ def one_token_at_a_time(model, question):
     nodes, weights = np.polynomial.legendre.leggauss(NODES)
     with asking(model, [question]) as asked:
         embeds, start = asked.embeds[0, 0], blank(asked, "mean")[0]
-        seq = len(embeds)
+        seq, step = len(embeds), embeds - start
         token = torch.arange(seq).repeat_interleave(NODES)
         alphas = torch.tensor((1 + nodes) / 2).repeat(seq).to(embeds)
         rows = embeds.repeat(len(token), 1, 1)
-        rows[range(len(token)), token] = start[token] + alphas[:, None] * (embeds - start)[token]
-        own = reactions(asked, rows)[range(len(token)), token].view(seq, NODES)
+        rows[range(len(token)), token] = start[token] + alphas[:, None] * step[token]
+        own = reactions(asked, rows, step)[range(len(token)), token].view(seq, NODES)
         scores = own @ torch.tensor(weights / 2)  # [seq]
         (found,) = attributions(asked, scores[None, None], evaluations=len(rows))
     return found
@@ -107,7 +106,8 @@ def random_subsets(model, question, share, seed):
     with asking(model, [question]) as asked:
         embeds, start = asked.embeds[0, 0], blank(asked, "mean")[0]
         kept = torch.rand(max(SUBSETS), len(embeds), generator=generator) < share
-        slopes = reactions(asked, torch.where(kept[..., None].to(embeds.device), embeds, start))
+        rows = torch.where(kept[..., None].to(embeds.device), embeds, start)
+        slopes = reactions(asked, rows, embeds - start)
         found = {
             count: attributions(asked, slopes[:count].mean(dim=0)[None, None], evaluations=count)[0]
             for count in SUBSETS
@@ -168,8 +168,7 @@ def told(found, rows):
     def interval(row, what):
         if pd.isna(row[f"{what}_mean"]):
             return ""
-        low, high = row[f"{what}_low"], row[f"{what}_high"]
-        return f"{row[f'{what}_mean']:.2f} ({low:.2f} to {high:.2f})"
+        return with_interval(row, f"{what}_")
 
     lines = [
         {

@@ -26,11 +26,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from helpers import METHODS, InputError, attribute, load_model
 from helpers.faithfulness import rank_correlation
 from helpers.machine import SlowPrecision
-from helpers.models import BUNDLED, public_name, resolve_model, weights_digest
+from helpers.models import BUNDLED, public_name, resolve_model
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
 from prompt_sets import questions
-from report import keep, table
+from report import digest_of, keep, table
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "outputs" / "precision"
@@ -106,7 +106,7 @@ def compared(exact, other):
 def measure(name, prompts):
     """The rows of one model: a DataFrame with ``COLUMNS``."""
     model, tokenizer = load_model(name)
-    about = {"model": public_name(name), "sha256": _digest(name)}
+    about = {"model": public_name(name), "sha256": digest_of(name)}
     some = (q for q in questions(model, tokenizer, "reporting") if len(q.labels) in TOKENS)
     asked = list(islice(some, prompts))
     exact = [(next_logits(model, question), scores_of(model, question)) for question in asked]
@@ -134,14 +134,6 @@ def measure(name, prompts):
 def _read(path):
     """A table; what is of no method has an empty text there."""
     return pd.read_csv(path).fillna({"method": ""})
-
-
-def _digest(name):
-    """What tells the weights: of a .gguf its own SHA-256, else that of the safetensors."""
-    if not str(name).endswith(".gguf"):
-        return weights_digest(name)
-    with Path(name).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _key(about, precision, question):

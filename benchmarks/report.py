@@ -1,12 +1,15 @@
 """Keep each benchmark's table in results.md, beside the machine that made it."""
 
 import csv
+import hashlib
 import platform
 import re
 from datetime import date
 from pathlib import Path
 
 import torch
+
+from helpers.models import weights_digest
 
 RESULTS = Path(__file__).with_name("results.md")
 
@@ -29,6 +32,20 @@ def table(rows):
     columns = list(rows[0])
     lines = [columns, ["---"] * len(columns), *([str(row[c]) for c in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def with_interval(row, prefix=""):
+    """The mean of a row of ``by_method`` with its interval; its columns may have a prefix."""
+    mean, low, high = (row[f"{prefix}{part}"] for part in ("mean", "low", "high"))
+    return f"{mean:.2f} ({low:.2f} to {high:.2f})"
+
+
+def digest_of(name):
+    """What tells the weights of a model: of a .gguf its own SHA-256, else that of safetensors."""
+    if not str(name).endswith(".gguf"):
+        return weights_digest(name)
+    with Path(name).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _machine():

@@ -38,8 +38,7 @@ from helpers.models import BUNDLED, public_name
 from helpers.prompts import read_prompt
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
-from precision import _digest
-from report import keep, table
+from report import digest_of, keep, table, with_interval
 
 DATA = Path(__file__).with_name("data")
 # Integrated gradients and Shapley values to a budget: they are most of the time as it is.
@@ -111,13 +110,13 @@ def positions_of(tokenizer: Any, text: str, span: Span) -> list[int]:
 
 
 def answered(
-    model: Any, tokenizer: Any, prompts: Iterator[Prompt], count: int
+    model: Any, tokenizer: Any, prompts: Iterator[Prompt]
 ) -> Iterator[tuple[Prompt, Question]]:
-    """The first ``count`` prompts that the model gets right: target before foil.
+    """The prompts that the model gets right: target before foil.
 
     Of target and foil the first tokens are asked for; where these are one, there is nothing to ask.
     """
-    right, seen = 0, set()
+    seen = set()
     for prompt in prompts:
         answers = tokenizer([f" {prompt.target}", f" {prompt.foil}"], add_special_tokens=False)
         (target, *_), (foil, *_) = answers["input_ids"]
@@ -129,9 +128,6 @@ def answered(
             prefers = objective(model, embed_prompt(model, question), question)
         if prefers > 0:
             yield prompt, question
-            right += 1
-        if right == count:
-            return
 
 
 # --- what is measured --------------------------------------------------------------------------
@@ -248,7 +244,7 @@ def _ranks(found, yardstick):
     rows = [
         {
             f"{yardstick}, {row['prompts']:.0f} prompts": name,
-            "reciprocal rank": f"{row['mean']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
+            "reciprocal rank": with_interval(row),
             "in first place": f"{first[name]:.0%}",
         }
         for name, row in ranks.iterrows()
@@ -278,7 +274,7 @@ def main(
     loaded, tokenizer = load_model(model)
     rows = []
     for kind in (indirect_objects, agreement):
-        some = islice(answered(loaded, tokenizer, kind(), prompts), prompts)
+        some = islice(answered(loaded, tokenizer, kind()), prompts)
         for number, (prompt, question) in enumerate(some):
             case = 2 * number  # by_method takes 2k and 2k + 1 for a pair: none of these is one
             rows += [
@@ -288,7 +284,7 @@ def main(
             print(number, prompt.text, file=sys.stderr, flush=True)
     columns = ["yardstick", "family", "case", "method", "measure", "value"]
     name = public_name(model)
-    about = f"{name}, SHA-256 {_digest(model)}."
+    about = f"{name}, SHA-256 {digest_of(model)}."
     section = "yardsticks" if model == BUNDLED else f"yardsticks {name}"
     title = f"Yardsticks of others, {name}"
     keep(section, title, summary(pd.DataFrame(rows, columns=columns), about))

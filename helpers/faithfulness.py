@@ -20,7 +20,7 @@ import torch
 from helpers.architectures import stack_of
 from helpers.attribution import Attribution, asking, attribute
 from helpers.attribution.engine import working_precision
-from helpers.attribution.perturbation import coalition_values
+from helpers.attribution.perturbation import all_subsets, coalition_values
 from helpers.errors import InputError
 from helpers.questions import Question
 
@@ -212,7 +212,7 @@ def erasure_limit(
             f"The best order of {units} units cannot be searched, only of {EXHAUSTIVE} at most: "
             "group them, for example by units='words'."
         )
-    kept = (torch.arange(2**units)[:, None] >> torch.arange(units)) % 2 == 1  # [2**units, units]
+    kept = all_subsets(units)  # [2**units, units]
     with asking(model, [question]) as asked:
         _, (values,) = coalition_values(asked, [kept], replacement)
     gain = (values[:, 0] - values[:, 0].flip(0)).double().cpu().numpy()  # only these, minus without

@@ -320,7 +320,7 @@ def test_the_deciding_word_is_found_among_the_tokens(bundled, kind):
 
 
 def test_soft_erasure_takes_nothing_of_no_score_and_all_of_equal_scores(bundled):
-    prompt, question = next(yardsticks.answered(*bundled, yardsticks.agreement(), 1))
+    prompt, question = next(yardsticks.answered(*bundled, yardsticks.agreement()))
     assert prompt.text == question.prompt
     units = question.units
     some = {

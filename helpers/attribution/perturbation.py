@@ -128,7 +128,7 @@ def draw_coalitions(units: int, keep: float | None, rows: int, seed: int = 0) ->
     Raises ``InputError`` for fewer rows than two a unit, and one.
     """
     if 2**units - 1 <= rows:
-        return (torch.arange(2**units - 1)[:, None] >> torch.arange(units)) % 2 == 1
+        return all_subsets(units)[:-1]
     if rows < 2 * units + 1:
         raise InputError(
             f"Coalitions of {units} units need at least {2 * units + 1} rows, not {rows}."
@@ -146,6 +146,11 @@ def draw_coalitions(units: int, keep: float | None, rows: int, seed: int = 0) ->
             if len(found) < rows and not some.all():
                 found[tuple(some.tolist())] = None
     return torch.tensor(list(found))
+
+
+def all_subsets(units: int) -> Tensor:
+    """Every subset of the units: BoolTensor [2**units, units], the empty one first, all last."""
+    return (torch.arange(2**units)[:, None] >> torch.arange(units)) % 2 == 1
 
 
 def average_gains(
@@ -244,11 +249,9 @@ def baseline_of(asked: Asked, baseline: str | Tensor) -> Tensor:
 
     [questions, columns, dim]. Raises ``InputError`` for another than mean, eos, zero and a tensor.
     """
-    found = None
-    if isinstance(baseline, Tensor) or baseline in ("mean", "eos", "zero"):
-        found = blank(asked, baseline)
-    if found is None:
+    if isinstance(baseline, str) and baseline not in ("mean", "eos", "zero"):
         raise InputError(f"There is no baseline {baseline!r}: use mean, eos, zero or a tensor.")
+    found: Any = blank(asked, baseline)  # none of these takes tokens out
     return found
 
 
