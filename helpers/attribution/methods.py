@@ -10,6 +10,7 @@ from helpers.attribution.attention import attention, attention_rollout
 from helpers.attribution.control import random
 from helpers.attribution.decomposition import alti_logit, refuses_parts
 from helpers.attribution.engine import Asked, refuses_attending
+from helpers.attribution.find_then_rank import find_then_rank, most_rows
 from helpers.attribution.gradients import gradient_x_input, refuses_gradients, saliency
 from helpers.attribution.path import FIRST_EVALUATIONS, integrated_gradients
 from helpers.attribution.perturbation import (
@@ -60,8 +61,7 @@ class Method:
     whole). ``refusal(model)`` is a sentence where the model lacks what the method needs, or
     ``None``. ``options(units, tokens, budget)`` are the method's options under a budget of tokens x
     gradients, ``None`` where it cannot be afforded; ``price(units, tokens, options)`` is what a
-    prompt takes with them. ``reads`` names a pass that methods share. One that is not ``usual`` is
-    run where it is named, and not where all are: its usual cases have names of their own.
+    prompt takes with them. ``reads`` names a pass that methods share.
 
     A package adds its own by the entry point group ``llama_notebooks.methods``, which leads to a
     ``Method``; its name is that of the entry point.
@@ -76,7 +76,6 @@ class Method:
     refusal: Callable[[Any], str | None] = lambda model: None
     options: Callable[[int, int, int], dict | None] = _no_options
     reads: str = ""
-    usual: bool = True
 
     def __call__(self, asked: Asked, **options: Any) -> list[Attribution]:
         return self.run(asked, **options)
@@ -91,7 +90,8 @@ def _one_forward(units: int, tokens: int, options: dict) -> Price:
 
 
 def _relevance_price(units: int, tokens: int, options: dict) -> Price:
-    return Price(gradients=1, kept=1.15)  # the rules' slopes
+    begun = options.get("baseline") != "zero"  # a row that says where the scores are counted from
+    return Price(gradients=1, forwards=int(begun), kept=1.15)  # the rules' slopes
 
 
 def _rollout_price(units: int, tokens: int, options: dict) -> Price:
@@ -133,6 +133,15 @@ def _coalition_price(units: int, tokens: int, options: dict) -> Price:
     if options.get("keep") in (0, 1):
         rows = units
     return Price(forwards=rows + 1, share=0.9)
+
+
+def _find_options(units: int, tokens: int, budget: int) -> dict | None:
+    return {} if most_rows(units) < budget // tokens else None
+
+
+def _find_price(units: int, tokens: int, options: dict) -> Price:
+    rows = min(2**units - 1, options.get("rows") or most_rows(units))
+    return Price(gradients=1, forwards=rows + 2, kept=1.15, share=0.8)
 
 
 def _occlusion_price(units: int, tokens: int, options: dict) -> Price:
@@ -189,24 +198,21 @@ BUILT_IN = [
         additive=False,
         options=_shapley_options,
     ),
+    Method("coalitions", coalitions, _coalition_price, additive=False, options=_coalition_options),
     Method(
-        "coalitions",
-        coalitions,
-        _coalition_price,
-        adds_up=True,
+        "find_then_rank",
+        find_then_rank,
+        _find_price,
         additive=False,
-        options=_coalition_options,
-        usual=False,  # occlusion and shapley are two of them
+        refusal=refuses_rules,
+        options=_find_options,
     ),
     Method("random", random, lambda units, tokens, options: Price(), additive=False),
 ]
 
 
 class Methods(Mapping[str, Method]):
-    """``{name: Method}`` of this package and of others, which are looked for at the first use.
-
-    Any is found by its name; those that are not ``usual`` are not counted or iterated over.
-    """
+    """``{name: Method}`` of this package and of others, which are looked for at the first use."""
 
     @cached_property
     def _found(self) -> dict[str, Method]:
@@ -236,14 +242,14 @@ class Methods(Mapping[str, Method]):
             )
         return self._found[name]
 
-    def __contains__(self, name: object) -> bool:
+    def __contains__(self, name: object) -> bool:  # that of a mapping would catch a KeyError
         return name in self._found
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name, method in self._found.items() if method.usual)
+        return iter(self._found)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._found)
 
 
 METHODS = Methods()

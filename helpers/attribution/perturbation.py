@@ -22,19 +22,19 @@ ROUNDING = 1e-9  # variance by which a value may be off, over that of the rest
 
 def coalitions(
     asked: Asked,
-    keep: float | None = None,
+    keep: float | None = 0.5,
     rows: int | None = None,
     replacement: str | Tensor | None = None,
     seed: int = 0,
 ) -> list[Attribution]:
     """What a unit adds to the objective, on average over what else of the prompt is there: in nats.
 
-    Each of the other units is there with probability ``keep``: 1 is ``occlusion``, 1/2 the Banzhaf
-    value, and ``None``, the mean over all ``keep``, is ``shapley``, whose scores add up to what the
-    whole prompt gained. ``rows`` are the variants that are run, 128 or four a unit by default;
-    where all that count are no more, all of them are: then the scores are exact and the errors
-    zero. Else ``errors`` are standard errors: see ``average_gains``. ``replacement`` is what stands
-    in for a unit that is gone: see ``blank``.
+    Each of the other units is there with probability ``keep``: 1/2, the default, is the Banzhaf
+    value, 1 is ``occlusion``, and ``None``, the mean over all ``keep``, is ``shapley``, whose
+    scores add up to what the whole prompt gained. ``rows`` are the variants that are run, 128 or
+    four a unit by default; where all that count are no more, all of them are: then the scores are
+    exact and the errors zero. Else ``errors`` are standard errors: see ``average_gains``.
+    ``replacement`` is what stands in for a unit that is gone: see ``blank``.
 
     Raises ``InputError`` for a ``keep`` outside of 0 to 1, and for fewer rows than two a unit, and
     one. Source: Dubey, Neyman and Weber 1981, doi:10.1287/moor.6.1.122.
@@ -117,24 +117,29 @@ def interactions(
     return scores[0].float(), errors[0].float()
 
 
-def draw_coalitions(units: int, keep: float | None, rows: int, seed: int = 0) -> Tensor:
+def draw_coalitions(
+    units: int, keep: float | None, rows: int, seed: int = 0, first: Tensor | None = None
+) -> Tensor:
     """Coalitions, no two alike and that of all units not among them: BoolTensor [rows, units].
 
-    Where all are no more than ``rows``, all of them. Else the empty one; without a ``keep`` those
-    without one unit and those of one alone; then draws by ``keep``, and a few by any other
-    probability, to learn from what kind of function it is. Where a coalition counts as much as what
-    it leaves out, both are taken: the scores are of the function's odd part alone.
+    Where all are no more than ``rows``, all of them. Else ``first`` [some, units], by default the
+    empty one and without a ``keep`` those without one unit and those of one alone; then draws by
+    ``keep``, and a few by any other probability, to learn from what kind of function it is. Where a
+    coalition counts as much as what it leaves out, both are taken: the scores are of the function's
+    odd part alone.
 
-    Raises ``InputError`` for fewer rows than two a unit, and one.
+    Raises ``InputError`` for fewer rows than two a unit, and one; with ``first``, for fewer than
+    these, and one.
     """
     if 2**units - 1 <= rows:
         return all_subsets(units)[:-1]
-    if rows < 2 * units + 1:
-        raise InputError(
-            f"Coalitions of {units} units need at least {2 * units + 1} rows, not {rows}."
-        )
     alone = torch.eye(units, dtype=torch.bool)
     start = torch.cat([torch.zeros_like(alone[:1]), ~alone, alone][: 3 if keep is None else 1])
+    least = 2 * units + 1
+    if first is not None:
+        start, least = first, len(first) + 1
+    if rows < least:
+        raise InputError(f"Coalitions of {units} units need at least {least} rows, not {rows}.")
     found = dict.fromkeys(map(tuple, start.tolist()))  # in their order
     generator = torch.Generator().manual_seed(seed)
     while len(found) < rows:
@@ -273,7 +278,7 @@ def _of_coalitions(asked, keep, rows, replacement, seed):
     for row, (some, of_some) in enumerate(zip(kept, values, strict=True)):
         scores, errors = average_gains(some, of_some, whole[row], keep)
         if asked.each and errors.any():
-            scores = _nothing_unread(asked, row, scores)
+            scores = nothing_unread(asked, row, scores)
         moved = None
         if keep is None:  # the first one drawn is the empty one
             moved = whole[row].cpu().double() - of_some[0].cpu().double()
@@ -290,7 +295,7 @@ def _of_coalitions(asked, keep, rows, replacement, seed):
     return found
 
 
-def _nothing_unread(asked, row, scores):
+def nothing_unread(asked, row, scores):
     """Scores [outs, units] with 0 where an output is read before the unit: the last one sees all.
 
     What was estimated there goes to the last output, which gives back as much in the units that the

@@ -37,39 +37,42 @@ from helpers.errors import InputError
 
 
 def relevance(
-    asked: Asked, through_attention: bool = True, baseline: str | Tensor = "zero"
+    asked: Asked, through_attention: bool = False, baseline: str | Tensor = "mean"
 ) -> list[Attribution]:
-    """The share of the objective that AttnLRP hands back to each token: signed, in nats.
+    """What the slopes of LRP say that each token changed, over an average one: signed, in nats.
 
-    One forward and one backward pass. With ``through_attention=False`` the attention weights are
-    constants and all relevance goes through the values (CP-LRP, Ali et al. 2022,
-    arXiv:2202.07304). Every rule left then passes on what it received, and in a model without
-    biases the scores add up to the objective; for a log-probability, to the target's logit minus
-    the mean logit that the model itself expects.
+    One forward and one backward pass whose slopes are those of layer-wise relevance propagation,
+    times the *difference* of each embedding from the ``baseline``: the question that occlusion
+    asks, for one gradient. ``"mean"`` is the average of all token embeddings, ``"eos"`` the
+    end-of-text token's, a tensor such as the embeddings of a counterfactual prompt is broadcast to
+    [columns, dim]. With ``"zero"`` scores are slope times embedding, as LRP is published: every
+    token is then scored for being an embedding at all.
 
-    By default queries and keys are credited too. The softmax between them is expanded at its
-    logits to first order and its constant part is given to no token, so the scores need not add
-    up: ``gap`` is how much was lost or added on the way, and says nothing about whether the rules
-    are the right ones. No tolerance is asked, so ``closed`` is ``None``.
+    By default the attention weights are constants and all relevance goes through the values
+    (CP-LRP, Ali et al. 2022, arXiv:2202.07304). Every rule then passes on what it received: from
+    ``"zero"``, in a model without biases, scores add up to the objective; for a log-probability, to
+    the target's logit minus the mean logit that the model itself expects. With
+    ``through_attention=True`` queries and keys are credited too (AttnLRP, Achtibat et al. 2024,
+    arXiv:2402.05602). The softmax between them is expanded at its logits to first order and its
+    constant part is given to no token.
 
-    That is slope times embedding, as published: counted from nothing, so that every token is scored
-    for being an embedding at all. Another ``baseline`` gives slope times *difference* from it, the
-    question that occlusion asks: ``"mean"`` of all token embeddings, ``"eos"``, or a tensor such as
-    the embeddings of a counterfactual prompt, broadcast to [columns, dim]. ``gap`` is then measured
-    against what the objective gained from the baseline to the prompt, for one forward row.
+    ``gap`` is how much was lost or added on the way, against what the objective gained from the
+    baseline to the prompt (from ``"zero"``, against what came in), and says nothing about whether
+    the rules are the right ones. No tolerance is asked, so ``closed`` is ``None``.
 
-    Where a method of the gradient is wanted too, both go back from the same forward pass. Source:
-    Achtibat et al. 2024, arXiv:2402.05602; for the difference Rezaei Jafari et al. 2025,
-    arXiv:2508.21258. Raises ``InputError`` for an unknown baseline.
-    notebooks/09_relevance.ipynb takes it apart.
+    Where a method of the gradient is wanted too, both go back from the same forward pass. Source of
+    the difference: Rezaei Jafari et al. 2025, arXiv:2508.21258. Raises ``InputError`` for an
+    unknown baseline. notebooks/09_relevance.ipynb takes it apart.
     """
     rows = asked.embeds.detach().requires_grad_(True)
     begin = rows.detach().clone()
     begin[:, :, : asked.columns] = baseline_of(asked, baseline)[:, None]
     from_nothing = isinstance(baseline, str) and baseline == "zero"
     difference = rows.detach() if from_nothing else rows.detach() - begin
-    shared = asked.found.get("wanted", frozenset()) & {"saliency", "gradient_x_input"}
-    rules: Any = switchable_rules if through_attention and shared else relevance_rules
+    wanted = asked.found.get("wanted", frozenset())
+    shared = "relevance" in wanted and wanted & {"saliency", "gradient_x_input"}
+    shared = shared and "gradient" not in asked.found  # else another one asks that takes this in
+    rules: Any = switchable_rules if shared else relevance_rules
     with rules(asked.model, through_attention) as switch:
         read, _ = asked.read(rows)
         values = asked.values_of(read)  # [questions, outs]
@@ -189,8 +192,9 @@ def switchable_rules(model: Any, through_attention: bool = True) -> Iterator[Sim
             inputs = [either(*both) for both in zip((query, key, value), ruled, strict=True)]
             return sdpa(module, *inputs, mask, **options)
 
-        return attention_rule(attend)(module, query, key, value, mask, **options)
+        return rule(attend)(module, query, key, value, mask, **options)
 
+    rule = attention_rule if through_attention else attention_kept_constant
     with rules_in_place(model, attend_by_either, either):
         yield switch
 

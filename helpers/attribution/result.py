@@ -14,7 +14,8 @@ from helpers.prompts import Unit, token_labels
 class Attribution:
     """Scores with the evidence that goes with them.
 
-    ``scores``       FloatTensor [units] on the CPU; in nats where the method has a sign
+    ``scores``       FloatTensor [units] on the CPU; in nats where the method has a sign, but for
+                     ``find_then_rank`` and the control, whose scores have no unit
     ``units``        what each score is of; see ``Question``
     ``each``         FloatTensor [outputs, units]: the scores of each output by itself, where
                      ``each=True`` asked for them. ``outputs`` names them: the tokens of the target,

@@ -188,7 +188,8 @@ def test_relevance_is_the_finite_difference_of_its_rules(tiny, name, through):
     model = of_family(name, WITH_RULES[name], tiny[1])
     assert METHODS["relevance"].refusal(model) is None
     question = ask(model, tiny[1], PROMPT, foil="b")
-    found = attribute(model, question, "relevance", through_attention=through).scores
+    options = {"through_attention": through, "baseline": "zero"}
+    found = attribute(model, question, "relevance", **options).scores
     model.double().set_experts_implementation("eager")  # others know no doubles
     embeds, step = model.get_input_embeddings()(question.input_ids).detach(), 1e-4
 
@@ -214,7 +215,7 @@ def test_what_relevance_hands_back_is_what_came_in(tiny, name):
     """With constant attention weights: an identity. Biases and positions keep a part."""
     model = of_family(name, WITH_RULES[name], tiny[1])
     question = ask(model, tiny[1], PROMPT, foil="b")
-    result = attribute(model, question, "relevance", through_attention=False)
+    result = attribute(model, question, "relevance", baseline="zero")
     value = explained(model, question)
     with_biases = any(key.endswith("bias") for key, _ in model.named_parameters())
     if not with_biases and name != "Gemma2":  # whose cap on logits is no line
@@ -312,7 +313,7 @@ def test_a_model_is_tried_once_and_left_as_it_was(monkeypatch):
     question = ask(model, tokenizer, PROMPT)
     for _ in range(2):
         _, gradients, forwards = rows_run(model, lambda: attribute(model, question, "relevance"))
-    assert (gradients, forwards) == (1, 0) and tried == [model]
+    assert (gradients, forwards) == (1, 1) and tried == [model]
     assert not any(weight.requires_grad for weight in model.parameters())
 
 

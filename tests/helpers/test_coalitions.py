@@ -182,17 +182,17 @@ def test_occlusion_and_shapley_values_are_members_of_the_family(tiny):
     assert torch.equal(one.scores, attribute(tiny[0], question, "occlusion").scores)
     rows = 8 * 9 + 1
     own = attribute(tiny[0], question, "shapley", permutations=8, seed=3)
-    same = attribute(tiny[0], question, "coalitions", rows=rows, seed=3)
+    same = attribute(tiny[0], question, "coalitions", keep=None, rows=rows, seed=3)
     assert torch.equal(own.scores, same.scores) and torch.equal(own.errors, same.errors)
     assert own.forwards == same.forwards == rows + 1
-    other = attribute(tiny[0], question, "coalitions", rows=rows, seed=4)
+    other = attribute(tiny[0], question, "coalitions", keep=None, rows=rows, seed=4)
     assert not torch.equal(other.scores, same.scores)
 
 
 @pytest.mark.parametrize("rows", [25, 60, 128])
 def test_shapley_values_add_up_whatever_was_drawn(tiny, rows):
     question = ask(*tiny, PROMPT, target="abc")
-    result = attribute(tiny[0], question, "coalitions", rows=rows, each=True)
+    result = attribute(tiny[0], question, "coalitions", keep=None, rows=rows, each=True)
     assert result.gap < 1e-5 and result.gaps.max() < 1e-5 and result.closed
     torch.testing.assert_close(result.each.sum(dim=0), result.scores, rtol=0, atol=1e-5)
 

@@ -175,7 +175,8 @@ def test_the_next_token_and_its_probability_are_the_models(tiny, method, options
 @pytest.mark.parametrize(
     "methods, gradients, forwards",
     [
-        (["saliency", "gradient_x_input", "random", "relevance"], 1, 0),  # all go back from one
+        # all go back from one; the other row says where relevance is counted from
+        (["saliency", "gradient_x_input", "random", "relevance"], 1, 1),
         (["saliency"], 1, 0),
         (["attention"], 0, 1),
         (["occlusion"], 0, 11),

@@ -46,8 +46,11 @@ def same(scores, expected, tolerance=1e-4):
     torch.testing.assert_close(scores, expected, rtol=tolerance, atol=tolerance)
 
 
+PUBLISHED = {"through_attention": True, "baseline": "zero"}  # slope times embedding, AttnLRP
+
+
 def run(model, question, **options):
-    return attribute(model, question, "relevance", **options)
+    return attribute(model, question, "relevance", **PUBLISHED | options)
 
 
 def gradient_x_input(model, question):
