@@ -56,9 +56,9 @@ def measured(model, method, length):
     loaded, tokenizer = load_model(model)
     short = ask(loaded, tokenizer, "The capital of Peru is")
     question = question_of(loaded, tokenizer, length, objective="log_probability")
-    attribute(loaded, short, method, budget=BUDGET)
+    attribute(loaded, short, method, budget=BUDGET, beside=METHODS)
     began = time.process_time()
-    result = attribute(loaded, question, method, budget=BUDGET)
+    result = attribute(loaded, question, method, budget=BUDGET, beside=METHODS)
     return {
         "rows": result.evaluations + result.forwards,
         "seconds": time.process_time() - began,

@@ -31,6 +31,7 @@ from helpers.attribution.engine import (
     TOKENS_PER_BATCH,
     gradient_bytes,
 )
+from helpers.attribution.methods import options_of
 from helpers.errors import InputError
 from helpers.machine import free_memory, slow_precision
 from helpers.models import (
@@ -280,9 +281,9 @@ def needs(
     """What ``methods`` (all by default) take on a prompt of ``tokens``; no weights are loaded.
 
     ``units`` is the number of scores, that of tokens by default, and ``outputs`` that of tokens
-    explained. Each method has the options that a report's budget gives it. ``machine`` is measured
-    here, in about a second, unless it is given. Time is after a first call, without loading.
-    Returns ``Needs``. Raises ``InputError`` for no tokens, or more than the model reads.
+    explained. Each method has the options that a report of ``methods`` gives it. ``machine`` is
+    measured here, in about a second, unless it is given. Time is after a first call, without
+    loading. Returns ``Needs``. Raises ``InputError`` for no tokens, or more than the model reads.
     """
     context = getattr(_config(model), "max_position_embeddings", None) or math.inf
     if not 1 <= tokens <= context:
@@ -298,8 +299,7 @@ def needs(
     }
     base = sum(before.values())
     found: dict[str, Need | None] = {}
-    for name in methods or METHODS:
-        options = METHODS[name].options(size.units, size.length, BUDGET)
+    for name, options in _options(methods or METHODS, size).items():
         found[name] = None
         if options is not None:
             price = METHODS[name].price(size.units, size.length, options)
@@ -497,6 +497,11 @@ def priced(shape: Shape, price: Price, size: Size, rows: int = 1) -> np.ndarray:
     return found
 
 
+def _options(methods, size):
+    """The options of each of ``methods`` in a report of all of them, ``None`` over its budget."""
+    return options_of({name: {} for name in methods}, size.units, size.length, BUDGET)
+
+
 def _one_by_one(times, numbers):
     """The ``work`` of tensors of so many numbers that are computed one by one."""
     near = numbers <= IN_CACHE
@@ -509,12 +514,13 @@ def methods_work(shape: Shape, size: Size, methods: Iterable[str], rows: int = 1
     A method that the budget leaves out takes nothing.
     """
     readers: dict[str, list[str]] = {}
+    given = _options(methods, size)
     for name in sorted(methods):
         readers.setdefault(METHODS[name].reads or name, []).append(name)
     found = work()
     for names in readers.values():  # those who read one pass; relevance goes back by itself
         record = METHODS[names[0]]
-        options = record.options(size.units, size.length, BUDGET)
+        options = given[names[0]]
         if options is not None:
             times = 1.5 if "relevance" in names and len(names) > 1 else 1.0
             price = record.price(size.units, size.length, options)
@@ -563,8 +569,7 @@ def most_held(
 ) -> int:
     """Bytes that the most demanding of some methods holds on prompts of one size."""
     found = 0
-    for name in methods:
-        options = METHODS[name].options(size.units, size.length, BUDGET)
+    for name, options in _options(methods, size).items():
         if options is not None:
             price = METHODS[name].price(size.units, size.length, options)
             found = max(found, sum(memory(shape, price, size, rows, least=least).values()))

@@ -1,6 +1,5 @@
 """What a plan will take, before any of it is run: ``llama_reports.costs``, over all its prompts."""
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import pandas as pd
 
 from helpers.attribution import METHODS, Price
 from helpers.attribution.engine import TOKENS_PER_BATCH
+from helpers.attribution.methods import erasure_price
 from helpers.errors import InputError
 from helpers.models import public_name
 from llama_reports.costs import (
@@ -40,7 +40,6 @@ from llama_reports.scores import DEFAULT_METHODS, WINDOW
 SHOWN = 10  # reports that are named
 ENOUGH = 3  # finished reports from which on the estimate is corrected by them
 LOOKED_AT = 500  # of them
-ERASED = 0.85  # of a row is run where some units are erased at random
 START = 5.0  # seconds until a worker has imported everything and has the model
 FIXED = 2.5, 0.08  # seconds of a report beside the model's, and those a token: figures, pages
 DISK = 1_450_000, 75_000  # bytes of a report's folder, and those a token
@@ -243,13 +242,9 @@ def report_work(shape: Shape, size: Size, methods: Iterable[str] = ()) -> np.nda
     Its own part: the question and what is shown of it, occlusion before all methods, of the target
     alone too, and the erasure of units in the order of each method and in random ones.
     """
-    methods, units = list(methods or METHODS), size.units
-    orders = len(methods) + (20 if units <= 12 else 10)
-    steps = min(units, max(2, 330 // size.tokens))
-    drawn, there_are = 2 * orders * (steps - 1) + 3, 2.0 ** min(units, 60)
-    variants = -there_are * math.expm1(-drawn / there_are)  # those that are drawn twice run once
+    methods = list(methods or METHODS)
     own = priced(shape, Price(forwards=6), size) + 2 * methods_work(shape, size, ["occlusion"])
-    own += priced(shape, Price(forwards=variants, share=ERASED), size)
+    own += priced(shape, erasure_price(size.units, size.tokens, len(methods)), size)
     return own + methods_work(shape, size, methods)
 
 

@@ -333,6 +333,7 @@ def _prompt_row(tokenizer, job, answer, methods):
     if isinstance(answer, Exception):
         return row | {"tokens": job.tokens, "left_out": [], "error": _told(answer)}
     question, results = answer
+    told = [note for result in results.values() for note in result.notes]  # the question's, too
     return row | {
         "tokens": len(question.labels),
         "target_ids": list(question.target),
@@ -343,7 +344,7 @@ def _prompt_row(tokenizer, job, answer, methods):
         "top_id": question.top,
         "top": tokenizer.decode([question.top]),
         "top_probability": question.top_probability,
-        "notes": list(question.notes),
+        "notes": list(dict.fromkeys([*question.notes, *told])),
         "left_out": [name for name in methods if name not in results],
     }
 

@@ -31,7 +31,7 @@ from helpers.attribution.engine import (
     vocabularies_at_once,
     working_precision,
 )
-from helpers.attribution.methods import BUDGET, METHODS, Method, Price
+from helpers.attribution.methods import BUDGET, METHODS, Method, Price, options_of
 from helpers.attribution.path import (
     baseline_embeds,
     fixed_step_integrated_gradients,
@@ -83,6 +83,7 @@ def attribute(
     objective: str | None = None,
     precision: str | None = None,
     budget: int | None = None,
+    beside: Iterable[str] = (),
     **options: Any,
 ) -> Attribution:
     """The attribution of ``question`` by ``method``, a key of ``METHODS``.
@@ -90,9 +91,10 @@ def attribute(
     ``each=True`` also gives the scores of every output token by itself. ``objective="logit"``
     explains raw logits in place of log-probabilities. ``precision="bfloat16"`` does the matrix
     products in half precision, which is faster and a little less exact; ``None`` leaves the model's
-    own. ``budget``, tokens x gradients, sets the options that cost most as a report does, and
-    ``options`` are the method's own, for example ``tolerance`` for ``"integrated_gradients"``. The
-    model is left as it was found.
+    own. ``budget``, tokens x gradients, sets the options that cost most as a report does that also
+    runs the methods ``beside`` this one, of which some get but a part of the time. ``options`` are
+    the method's own, for example ``tolerance`` for ``"integrated_gradients"``. The model is left as
+    it was found.
 
     Raises ``InputError`` for an unknown method, option or precision, a method that this model does
     not support, one that the budget does not allow, and numbers that are not finite.
@@ -102,7 +104,13 @@ def attribute(
             raise InputError(f"There is no objective {objective!r}: use {' or '.join(OBJECTIVES)}.")
         question = replace(question, objective=objective)
     ((_, results),) = attribute_all(
-        model, [question], {method: options}, each=each, precision=precision, budget=budget
+        model,
+        [question],
+        {method: options},
+        each=each,
+        precision=precision,
+        budget=budget,
+        beside=beside,
     )
     if method not in results and budget is None:
         raise InputError(
@@ -123,6 +131,7 @@ def attribute_all(
     each: bool = False,
     precision: str | None = None,
     budget: int | None = None,
+    beside: Iterable[str] = (),
 ) -> Iterator[tuple[Question, dict[str, Attribution]]]:
     """What each of ``methods`` says of each question: ``(question, {method: Attribution})``.
 
@@ -133,7 +142,8 @@ def attribute_all(
     in half precision a pass comes first that decides it, and near ties are run alone. Where its
     foil turns out to be the model's own next token, or that token to be a row of the table that
     stands for none, it comes back open and without results, as there is nothing to compare. With a
-    ``budget``, a method that it does not allow for a prompt is left out there.
+    ``budget``, a method that it does not allow for a prompt is left out there; those ``beside`` are
+    run in the same report, and not here.
 
     ``seconds`` is a pass's time shared evenly among its rows, and among the methods that read it.
 
@@ -151,16 +161,16 @@ def attribute_all(
             signature(METHODS[name].run).bind(None, **options)
         except TypeError as error:
             raise InputError(f"The method {name} cannot run: {error}.", field="methods") from error
-    stream = iter(questions)
+    beside, stream = list(beside), iter(questions)
     decide = precision is not None or in_half_precision(model)
     while held := list(islice(stream, HELD)):
         held = _decided(model, held) if decide else held
         with working_precision(model, precision):  # never between two questions that come back
-            done = _attribute_held(model, held, wanted, each, budget, decide)
+            done = _attribute_held(model, held, wanted, each, budget, beside, decide)
         yield from done
 
 
-def _attribute_held(model, questions, wanted, each, budget, decided=False):
+def _attribute_held(model, questions, wanted, each, budget, beside=(), decided=False):
     questions = [_settled(model, question) for question in questions]
     found: dict[int, tuple[Question, dict[str, Attribution]]] = {}
     groups: dict[Any, tuple[dict, list[int]]] = {}
@@ -169,7 +179,7 @@ def _attribute_held(model, questions, wanted, each, budget, decided=False):
             found[place] = question, {}
             continue
         shape = shape_of(question)
-        options = _options_of(question, sum(shape.lengths), wanted, budget)
+        options = _options_of(question, sum(shape.lengths), wanted, budget, beside)
         key = shape, repr(options) if budget else ""
         groups.setdefault(key, (options, []))[1].append(place)
     plain = plain_output_layer(model) is not None
@@ -188,16 +198,16 @@ def _attribute_held(model, questions, wanted, each, budget, decided=False):
     return [found[place] for place in range(len(questions))]
 
 
-def _options_of(question, tokens, wanted, budget):
+def _options_of(question, tokens, wanted, budget, beside):
     """The methods that are run for a question, and their options under the budget.
 
     ``tokens`` are those of all its texts.
     """
     if budget is None:
         return wanted
-    units = len(question.units)
-    allowed = {name: METHODS[name].options(units, tokens, budget) for name in wanted}
-    return {name: some | wanted[name] for name, some in allowed.items() if some is not None}
+    together = {name: {} for name in beside} | wanted
+    found = options_of(together, len(question.units), tokens, budget)
+    return {name: found[name] for name in wanted if found[name] is not None}
 
 
 def _settled(model, question):
@@ -272,7 +282,8 @@ def _finished(model, question, facts, results, spent):
                 )
         notes = question.notes
         if result.closed is False:
-            notes += (f"{name} did not close: its scores are not yet those of the model.",)
+            gap = "" if result.gap is None else f" (gap {result.gap:.1%})"
+            notes += (f"{name} did not close{gap}: its scores are not yet those of the model.",)
         told[name] = replace(
             result, method=name, seconds=spent[name], notes=notes, units=question.units
         )

@@ -1,5 +1,6 @@
 """The methods: each one says all about itself in one record."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ from helpers.errors import InputError
 
 BUDGET = 30_000  # tokens x gradients that a report lets one method spend on one prompt
 ENTRY_POINT = "llama_notebooks.methods"
+ERASED = 0.85  # of a row is run where some units are erased at random
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Price:
     maps: bool = False
     vectors: bool = False
 
+    @property
+    def rows(self) -> float:
+        """All of it in forward rows: through frozen weights, as many products go back."""
+        return 2 * self.gradients + self.share * self.forwards
+
 
 def _no_options(units: int, tokens: int, budget: int) -> dict:
     return {}
@@ -61,7 +68,7 @@ class Method:
     whole). ``refusal(model)`` is a sentence where the model lacks what the method needs, or
     ``None``. ``options(units, tokens, budget)`` are the method's options under a budget of tokens x
     gradients, ``None`` where it cannot be afforded; ``price(units, tokens, options)`` is what a
-    prompt takes with them. ``reads`` names a pass that methods share.
+    prompt takes with them. ``reads`` names a pass that methods share. ``at_most`` is the part of a report's rows that it may take where other methods are run too.
 
     A package adds its own by the entry point group ``llama_notebooks.methods``, which leads to a
     ``Method``; its name is that of the entry point.
@@ -76,6 +83,7 @@ class Method:
     refusal: Callable[[Any], str | None] = lambda model: None
     options: Callable[[int, int, int], dict | None] = _no_options
     reads: str = ""
+    at_most: float = 1.0
 
     def __call__(self, asked: Asked, **options: Any) -> list[Attribution]:
         return self.run(asked, **options)
@@ -188,6 +196,7 @@ BUILT_IN = [
         adds_up=True,
         refusal=refuses_gradients,
         options=_path_options,
+        at_most=0.25,  # no better than chance at finding the word that decides: 07
     ),
     Method("occlusion", occlusion, _occlusion_price, additive=False),
     Method(
@@ -253,3 +262,43 @@ class Methods(Mapping[str, Method]):
 
 
 METHODS = Methods()
+
+
+def erasure_price(units: int, tokens: int, orders: int) -> Price:
+    """What a report's test by erasure takes: units go in so many orders, and in random ones.
+
+    ``tokens`` are those of the prompt; notebooks/08_comparison.ipynb runs it.
+    """
+    orders += 20 if units <= 12 else 10
+    steps = min(units, max(2, 330 // tokens))
+    drawn, there_are = 2 * orders * (steps - 1) + 3, 2.0 ** min(units, 60)
+    variants = -there_are * math.expm1(-drawn / there_are)  # those that are drawn twice run once
+    return Price(forwards=variants, share=ERASED)
+
+
+def options_of(
+    wanted: Mapping[str, Mapping[str, Any]], units: int, tokens: int, budget: int
+) -> dict[str, dict | None]:
+    """The options of each of ``wanted`` under a budget of tokens x gradients, run in one report.
+
+    ``wanted`` maps names to options that go before those of the budget. A method with a part of its
+    own, ``at_most``, has that of what the others and the test by erasure are priced at, if that is
+    less than the budget; where there are no others it has the budget. ``None`` where a method
+    cannot be afforded.
+    """
+
+    def options(name, budget):
+        found = METHODS[name].options(units, tokens, budget)
+        return None if found is None else found | wanted[name]
+
+    found = {name: options(name, budget) for name in wanted}
+    parts = {name: METHODS[name].at_most for name in wanted if METHODS[name].at_most < 1}
+    others = {name: some for name, some in found.items() if some is not None and name not in parts}
+    if parts and others:
+        prices = [METHODS[name].price(units, tokens, some) for name, some in others.items()]
+        prices.append(erasure_price(units, tokens, len(found)))
+        gradients = sum(price.rows for price in prices) / Price(gradients=1).rows
+        for name, part in parts.items():
+            spent = int(tokens * gradients * part / (1 - part))
+            found[name] = options(name, min(budget, spent))
+    return found

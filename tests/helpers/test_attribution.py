@@ -17,6 +17,7 @@ from helpers import METHODS, InputError, ask, attribute, attribute_all, tiny_lla
 from helpers.attribution import (
     BUDGET,
     Method,
+    Price,
     asking,
     attributions,
     baseline_embeds,
@@ -27,6 +28,8 @@ from helpers.attribution import (
     objective_gradient,
 )
 from helpers.attribution.attention import attention_rows
+from helpers.attribution.methods import erasure_price, options_of
+from helpers.attribution.path import FIRST_EVALUATIONS
 from helpers.questions import read_question
 
 PROMPT = "Riga is in"
@@ -552,9 +555,92 @@ def test_one_and_many_give_the_same_numbers_for_the_same_budget(tiny, budget):
     for question, results in every:
         assert list(results) == list(METHODS)
         for name, result in results.items():
-            alone = attribute(tiny[0], question, name, budget=budget)
+            alone = attribute(tiny[0], question, name, budget=budget, beside=METHODS)
             same(result.scores, alone.scores, 1e-4)
             assert (result.forwards, result.evaluations) == (alone.forwards, alone.evaluations)
+
+
+def rows_in_a_report(names, units, tokens):
+    """``{name: rows}`` priced for one report, a gradient as two, and those of its erasure test."""
+    found = options_of({name: {} for name in names}, units, tokens, BUDGET)
+    prices = {
+        name: METHODS[name].price(units, tokens, options)
+        for name, options in found.items()
+        if options is not None
+    }
+    prices["erasure"] = erasure_price(units, tokens, len(found))
+    return {name: 2 * p.gradients + p.share * p.forwards for name, p in prices.items()}
+
+
+FEW = ["integrated_gradients", "occlusion", "random"]
+
+
+@pytest.mark.parametrize(
+    "names, units, tokens",
+    [
+        *[(METHODS, tokens, tokens) for tokens in (10, 30, 86, 500)],
+        (METHODS, 12, 60),
+        *[(FEW, tokens, tokens) for tokens in (10, 30, 500)],
+    ],
+)
+def test_integrated_gradients_get_a_quarter_of_a_reports_rows(names, units, tokens):
+    rows = rows_in_a_report(names, units, tokens)
+    assert 0.24 < rows["integrated_gradients"] / sum(rows.values()) <= 0.25
+
+
+def most_gradients(tokens, *names, **more):
+    wanted = {name: {} for name in names} | more
+    return options_of(wanted, tokens, tokens, BUDGET)["integrated_gradients"]["max_evaluations"]
+
+
+def test_integrated_gradients_keep_the_budget_alone_and_their_first_look_anyway():
+    alone = {length: most_gradients(length, "integrated_gradients") for length in (6, 30, 150)}
+    assert alone == {6: 2000, 30: 1000, 150: 200}
+    assert most_gradients(30, *METHODS) < 100
+    assert most_gradients(6, *METHODS) == most_gradients(150, *METHODS) == FIRST_EVALUATIONS
+    assert most_gradients(1500, *METHODS) == FIRST_EVALUATIONS  # of 20 that the budget allows
+    chosen = {"integrated_gradients": {"max_evaluations": 500}}
+    assert most_gradients(30, *METHODS, **chosen) == 500
+
+
+def test_what_others_take_gives_integrated_gradients_their_part(monkeypatch):
+    names = "integrated_gradients", "occlusion"
+    few = most_gradients(30, *names)
+    assert few < most_gradients(30, *names, "shapley") < most_gradients(30, *METHODS)
+    more = most_gradients(30, *names, shapley={"permutations": 40})
+    assert most_gradients(30, *names, "shapley") < more
+    for name, price in [("theirs", Price(forwards=600)), ("unpaid", Price(gradients=600))]:
+        options = (lambda u, t, b: None) if name == "unpaid" else (lambda u, t, b: {})
+        record = Method(name, None, lambda u, t, o, price=price: price, options=options)
+        monkeypatch.setitem(METHODS._found, name, record)
+    orders = erasure_price(30, 30, 3).rows - erasure_price(30, 30, 2).rows
+    theirs = most_gradients(30, *names, "theirs")
+    assert theirs == pytest.approx(few + (600 + orders) / 3 / 2, abs=1)
+    assert most_gradients(30, *METHODS) > most_gradients(30, *names, "theirs", "unpaid") >= theirs
+
+
+def test_a_method_of_another_package_may_have_a_part_too(monkeypatch):
+    record = Method(
+        "theirs",
+        None,
+        lambda u, t, options: Price(gradients=options["gradients"]),
+        options=lambda u, tokens, budget: {"gradients": budget // tokens},
+        at_most=0.1,
+    )
+    monkeypatch.setitem(METHODS._found, "theirs", record)
+    rows = rows_in_a_report(["theirs", "occlusion", "shapley"], 30, 30)
+    assert 0.09 < rows["theirs"] / sum(rows.values()) <= 0.1
+    assert rows_in_a_report(["theirs"], 30, 30)["theirs"] == 2 * (BUDGET // 30)
+
+
+def test_integrated_gradients_stop_at_their_part_and_say_what_they_did_not_close(bundled):
+    question = ask(*bundled, "The dog barked at the")  # which takes hundreds of gradients
+    result = attribute(
+        bundled[0], question, "integrated_gradients", budget=BUDGET, beside=["occlusion"]
+    )
+    assert result.evaluations == FIRST_EVALUATIONS and not result.closed
+    (note,) = [note for note in result.notes if "did not close" in note]
+    assert f"(gap {result.gap:.1%})" in note
 
 
 # --- gradients ---------------------------------------------------------------------------------

@@ -220,6 +220,23 @@ def test_a_method_of_another_package_costs_what_its_record_says(shape, monkeypat
     assert (report_work(shape, Size(50, 50))[0] - found[0]) > 0
 
 
+@pytest.mark.parametrize("length", [9, 20, 40, 80])
+def test_integrated_gradients_are_planned_with_what_a_report_gives_them(tiny, tiny_folder, length):
+    model, tokenizer = tiny
+    question = ask(model, tokenizer, "ab" * (length // 2) + "c" * (length % 2), target="b")
+    name = "integrated_gradients"
+    (alone,) = needs(tiny_folder, length, [name], machine=MACHINE).methods.values()
+    assert alone.gradients == 300  # in the mean, of what the budget allows
+    planned = needs(tiny_folder, length, machine=MACHINE).methods[name]
+    options = {"tolerance": 1e-12, "budget": BUDGET, "beside": METHODS}
+    spent = attribute(model, question, name, **options).evaluations
+    assert planned.gradients - 2 < spent <= planned.gradients < 150
+    real = model_shape(BUNDLED)
+    path = needs(BUNDLED, length, machine=MACHINE).methods[name].seconds
+    report = MACHINE.seconds(report_work(real, Size(length, length)), real)
+    assert 0.15 < path / report <= 0.25
+
+
 def test_together_is_never_more_than_one_by_one(shape):
     methods, size = {"relevance", "saliency", "gradient_x_input"}, Size(9, 9)
     alone = sum(MACHINE.seconds(methods_work(shape, size, methods), shape) for _ in range(50))

@@ -18,7 +18,9 @@ import torch
 
 from helpers import METHODS, InputError, ask, attribute, tiny_llama
 from helpers.attribution import BUDGET
+from helpers.attribution.path import FIRST_EVALUATIONS
 from helpers.ground_truth import FAMILIES, cases
+from helpers.models import BUNDLED
 from llama_reports import scores as module
 from llama_reports.jobs import Job
 from llama_reports.scores import (
@@ -160,7 +162,7 @@ def test_the_same_prompt_and_budget_give_the_same_numbers_alone_and_in_a_part(
         question = ask(*tiny, **one.asked)
         assert len(question.units) == 40
         for method in METHODS:
-            alone = attribute(tiny[0], question, method, budget=BUDGET)
+            alone = attribute(tiny[0], question, method, budget=BUDGET, beside=METHODS)
             mine = scores[(scores["method"] == method) & (scores["id"] == one.identity)]
             apart = np.abs(mine["score"].to_numpy() - alone.scores.numpy()).max()
             assert apart <= 1e-4 * float(alone.scores.abs().max()), method
@@ -206,6 +208,18 @@ def test_a_method_that_the_budget_is_too_small_for_is_told(tiny_folder, tmp_path
         found = read(tmp_path, table).groupby("method")["id"].unique()
         assert list(found["shapley"]) == [short.identity]
         assert set(found["random"]) == {short.identity, long.identity}
+
+
+def test_what_did_not_close_is_told_in_words_with_its_gap(tmp_path):
+    """Beside another method this path may take the first look, and needs hundreds of gradients."""
+    one = job("The dog barked at the")
+    score_part([one], tmp_path, model=BUNDLED, methods=["random", "integrated_gradients"])
+    row = read(tmp_path, "evidence").set_index("method").loc["integrated_gradients"]
+    assert row["evaluations"] == FIRST_EVALUATIONS and not row["closed"]
+    (notes,) = read(tmp_path, "prompts")["notes"]
+    (told,) = [note for note in notes if "did not close" in note]
+    assert f"integrated_gradients did not close (gap {row['gap']:.1%})" in told
+    assert len(notes) == len(set(notes)) == 2  # and that it was asked without its template
 
 
 def test_each_output_has_rows_that_add_up_to_the_total(tiny_folder, tmp_path):
