@@ -499,7 +499,8 @@ def priced(shape: Shape, price: Price, size: Size, rows: int = 1) -> np.ndarray:
 
 def _options(methods, size):
     """The options of each of ``methods`` in a report of all of them, ``None`` over its budget."""
-    return options_of({name: {} for name in methods}, size.units, size.length, BUDGET)
+    wanted = {name: {} for name in methods}
+    return options_of(wanted, size.units, size.length, BUDGET, of_prompt=size.tokens)
 
 
 def _one_by_one(times, numbers):

@@ -206,7 +206,8 @@ def _options_of(question, tokens, wanted, budget, beside):
     if budget is None:
         return wanted
     together = {name: {} for name in beside} | wanted
-    found = options_of(together, len(question.units), tokens, budget)
+    of_prompt, units = len(question.labels), len(question.units)
+    found = options_of(together, units, tokens, budget, of_prompt=of_prompt)
     return {name: found[name] for name in wanted if found[name] is not None}
 
 

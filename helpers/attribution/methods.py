@@ -277,14 +277,20 @@ def erasure_price(units: int, tokens: int, orders: int) -> Price:
 
 
 def options_of(
-    wanted: Mapping[str, Mapping[str, Any]], units: int, tokens: int, budget: int
+    wanted: Mapping[str, Mapping[str, Any]],
+    units: int,
+    tokens: int,
+    budget: int,
+    *,
+    of_prompt: int | None = None,
 ) -> dict[str, dict | None]:
     """The options of each of ``wanted`` under a budget of tokens x gradients, run in one report.
 
     ``wanted`` maps names to options that go before those of the budget. A method with a part of its
     own, ``at_most``, has that of what the others and the test by erasure are priced at, if that is
     less than the budget; where there are no others it has the budget. ``None`` where a method
-    cannot be afforded.
+    cannot be afforded. ``tokens`` are those of all texts that are run for one row, and
+    ``of_prompt``, where they are fewer, those of the prompt.
     """
 
     def options(name, budget):
@@ -296,7 +302,7 @@ def options_of(
     others = {name: some for name, some in found.items() if some is not None and name not in parts}
     if parts and others:
         prices = [METHODS[name].price(units, tokens, some) for name, some in others.items()]
-        prices.append(erasure_price(units, tokens, len(found)))
+        prices.append(erasure_price(units, of_prompt or tokens, len(found)))
         gradients = sum(price.rows for price in prices) / Price(gradients=1).rows
         for name, part in parts.items():
             spent = int(tokens * gradients * part / (1 - part))

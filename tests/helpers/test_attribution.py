@@ -603,6 +603,22 @@ def test_integrated_gradients_keep_the_budget_alone_and_their_first_look_anyway(
     assert most_gradients(30, *METHODS, **chosen) == 500
 
 
+def test_a_longer_foil_takes_no_gradients_from_a_report(tiny):
+    """Its two texts cost twice as much a row, of every method and of the test by erasure alike."""
+    spent = [
+        attribute(
+            tiny[0],
+            ask(*tiny, "ab" * 10, target="a b c", foil=foil),
+            "integrated_gradients",
+            budget=BUDGET,
+            beside=["random"],
+            tolerance=1e-12,
+        ).evaluations
+        for foil in (None, "d e f")
+    ]
+    assert spent[1] > FIRST_EVALUATIONS and abs(spent[0] - spent[1]) <= 2
+
+
 def test_what_others_take_gives_integrated_gradients_their_part(monkeypatch):
     names = "integrated_gradients", "occlusion"
     few = most_gradients(30, *names)
