@@ -68,7 +68,8 @@ class Method:
     whole). ``refusal(model)`` is a sentence where the model lacks what the method needs, or
     ``None``. ``options(units, tokens, budget)`` are the method's options under a budget of tokens x
     gradients, ``None`` where it cannot be afforded; ``price(units, tokens, options)`` is what a
-    prompt takes with them. ``reads`` names a pass that methods share. ``at_most`` is the part of a report's rows that it may take where other methods are run too.
+    prompt takes with them. ``reads`` names a pass that methods share. ``at_most`` is the part of a
+    report's rows that it may take where other methods are run too.
 
     A package adds its own by the entry point group ``llama_notebooks.methods``, which leads to a
     ``Method``; its name is that of the entry point.

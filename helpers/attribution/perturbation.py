@@ -295,11 +295,12 @@ def _of_coalitions(asked, keep, rows, replacement, seed):
     return found
 
 
-def nothing_unread(asked, row, scores):
+def nothing_unread(asked: Asked, row: int, scores: Tensor) -> Tensor:
     """Scores [outs, units] with 0 where an output is read before the unit: the last one sees all.
 
     What was estimated there goes to the last output, which gives back as much in the units that the
-    other one reads: neither an output's total nor a unit's is another one then.
+    other one reads: neither an output's total nor a unit's is another one then. ``row`` is the
+    question's place in ``asked``.
     """
     first = torch.tensor([unit.positions[0] for unit in asked.units[row]])
     unread = first > asked.positions[:, None]

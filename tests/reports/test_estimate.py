@@ -230,7 +230,7 @@ def test_integrated_gradients_are_planned_with_what_a_report_gives_them(tiny, ti
     planned = needs(tiny_folder, length, machine=MACHINE).methods[name]
     options = {"tolerance": 1e-12, "budget": BUDGET, "beside": METHODS}
     spent = attribute(model, question, name, **options).evaluations
-    assert planned.gradients - 2 < spent <= planned.gradients < 150
+    assert planned.gradients - 2 < spent <= planned.gradients < 200
     real = model_shape(BUNDLED)
     path = needs(BUNDLED, length, machine=MACHINE).methods[name].seconds
     report = MACHINE.seconds(report_work(real, Size(length, length)), real)
@@ -370,7 +370,7 @@ def test_rows_are_those_that_are_run_and_parts_of_the_memory_add_up(tiny, tiny_f
     assert found.seconds == sum(need.seconds for need in found.methods.values() if need)
     for name, need in found.methods.items():
         if need is None:
-            assert name == "shapley" and length == 150
+            assert name in ("shapley", "coalitions", "find_then_rank") and length == 150
             continue
         parts = need.memory
         assert need.peak == sum(parts.values()) <= found.peak and need.least <= need.peak
@@ -447,7 +447,8 @@ def test_the_memory_of_the_bundled_model_is_within_a_quarter_of_what_a_process_t
     found = json.loads(done.stdout)
     planned = needs(BUNDLED, 512, ["relevance"], machine=MACHINE)
     assert abs(planned.peak / found["bytes"] - 1) < 0.25
-    assert found["rows"] == planned.methods["relevance"].gradients
+    need = planned.methods["relevance"]
+    assert found["rows"] == need.gradients + need.forwards
     assert sum(planned.before.values()) / found["bytes"] < 0.75  # which weights alone would not be
 
 

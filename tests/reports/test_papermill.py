@@ -8,6 +8,7 @@ the others with ``EVERY_PROMPT=1``.
 import os
 
 import papermill
+import pandas as pd
 import pytest
 from llama3_rope import LLAMA3_ROPE
 
@@ -95,3 +96,12 @@ def test_an_attribution_that_did_not_close_says_so_where_it_is_shown(tmp_path):
     ]
     assert any("NOT closed" in title for title in titles)
     assert "NO" in (tmp_path / "evidence.csv").read_text(encoding="utf-8").split(",")
+
+
+def test_a_report_gives_integrated_gradients_their_part_of_the_time(tmp_path):
+    """What this path closes with takes hundreds; beside two methods it may take the first look."""
+    methods = ["integrated_gradients", "occlusion", "random"]
+    run("08_comparison", tmp_path, prompt="The dog barked at the", methods=methods)
+    found = pd.read_csv(tmp_path / "evidence.csv").set_index("method").loc["integrated_gradients"]
+    assert found["evaluations"] == 33 and found["closed"] == "NO"
+    assert f"gap {found['gap']:.1%}, did NOT close" in found["verdict"]
