@@ -20,7 +20,8 @@ help:
 	@echo "make lab      JupyterLab on the notebooks"
 	@echo "make figures  every notebook's figures as PNG and SVG in outputs/figures"
 	@echo "make bench    speed and accuracy beside other libraries, over two hours; benchmarks/results.md"
-	@echo "make evidence which method to believe, over 204 prompts, half an hour; can be interrupted"
+	@echo "make evidence which method to believe, over 192 prompts, 20 minutes; can be interrupted; of your"
+	@echo "              own model: make evidence MODEL=hub name, folder or .gguf; outputs/evidence"
 	@echo "make lint     ruff, codespell and mypy"
 	@echo "make execute  run every notebook in place, as they are committed"
 	@echo "make lock     new requirements.lock and environment.yml from pyproject.toml"
@@ -104,10 +105,11 @@ bench: model $(INSEQ)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/precision.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coalitions.py $(if $(SHAPIQ),--shapiq $(SHAPIQ))
 
-# One process a core, one thread each. Finished prompts are kept in outputs/evidence. Writes the table
-# that the notebooks read, the summary in benchmarks/results.md and docs/evidence.png.
+# As many processes as cores. Finished prompts are kept in outputs/evidence/parts. Writes a verdict, a
+# table and a figure into outputs/evidence/<name of the model>; of the bundled model also the table
+# that the notebooks read, the summary in benchmarks/results.md, README's table and docs/evidence.png.
 evidence: model
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evidence.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evidence.py $(if $(MODEL),--model "$(MODEL)")
 
 # One thread, as in the tests: sums in another order differ in their last digits.
 execute: model

@@ -1,24 +1,28 @@
 """Which method should be believed? All of them and their rivals, on prompts with an answer key.
 
-Runs every method over minimal pairs of ``helpers/ground_truth.py`` that the bundled model gets
-right, and keeps one tidy table, ``helpers/data/evidence.parquet``, a summary in results.md and a
-figure. Every finished prompt is kept in outputs/evidence as it is made, and is not made again by
-the next run: delete that folder to start over.
+Runs every method over minimal pairs of ``helpers/ground_truth.py`` that a model gets right, and
+writes into a folder one tidy table, evidence.parquet, a page that says who wins, verdict.md, and a
+figure, evidence.png. Of the bundled model's reporting half the table that the notebooks read, the
+section of results.md, README's table and docs/evidence.png are written too. Every finished prompt
+is kept in outputs/evidence/parts as it is made, and is not made again by the next run: delete that
+folder to start over.
 
-    python benchmarks/evidence.py                        the reporting half, 34 prompts a family
-    python benchmarks/evidence.py --split tuning --per-family 4 --table /tmp/tuning.parquet
+    python benchmarks/evidence.py                        the bundled model
+    python benchmarks/evidence.py --model model.gguf     one's own; a hub name or a folder works too
+    python benchmarks/evidence.py --split tuning --per-family 4
 """
 
 import hashlib
+import inspect
 import multiprocessing
 import os
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -27,7 +31,8 @@ import typer
 from captum.attr import IntegratedGradients
 from tqdm import tqdm
 
-from helpers import METHODS, Attribution, ask, attribute, load_model
+from helpers import METHODS, Attribution, InputError, ask, attribute, load_model
+from helpers.architectures import stack_of
 from helpers.attribution import (
     baseline_embeds,
     completeness_gap,
@@ -38,38 +43,53 @@ from helpers.attribution import (
 )
 from helpers.faithfulness import (
     EVIDENCE,
-    against_random,
+    best_by_interval,
     by_method,
-    randomisation,
+    erasure_curves,
+    erasure_limit,
+    erasure_measures,
+    importance_order,
+    randomised,
     rank_correlation,
 )
 from helpers.ground_truth import (
     FAMILIES,
+    LONGER,
+    Case,
     cases,
-    evidence_positions,
+    evidence_units,
     random_reciprocal_rank,
     reciprocal_rank,
     solved,
 )
+from helpers.machine import free_memory
+from helpers.models import BUNDLED, public_name, weights_digest
 from helpers.patching import causal_scores, patch_positions
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
-from report import keep, table, with_interval
+from compared import EXACT, RELEVANCE, shapley_options
+from report import command, digest_of, keep, table, with_interval
 
-KEPT = Path(__file__).parents[1] / "outputs" / "evidence"
-FIGURE = Path(__file__).parents[1] / "docs" / "evidence.png"
+ROOT = Path(__file__).parents[1]
+OUTPUTS = ROOT / "outputs" / "evidence"
+KEPT = OUTPUTS / "parts"
+FIGURE, README = ROOT / "docs" / "evidence.png", ROOT / "README.md"
+PROMPTS = dict.fromkeys(FAMILIES, 24) | dict.fromkeys(LONGER, 12)  # even: whole minimal pairs
+CANDIDATES = 4  # for each prompt that is wanted, so that a weak model comes to an end
+FEWEST = 4  # solved prompts of a family that are worth a mean
+UNITS = dict.fromkeys(("long_fact", "chat"), "sentences")  # else tokens, or passages
+# On the first prompts of each short family: the costliest methods, and the experiments beside marks
+# and erasing. They are most of the time as it is.
+SUBSET = 4
 GUIDE, CAPTUM = "guide's IG norm", "Captum's IG"
-# Integrated gradients to 5 % and not 2 %, and to a budget: they are most of the time as it is.
 IG = "integrated_gradients"
-OPTIONS = {"integrated_gradients": {"tolerance": 0.05, "max_evaluations": 129}}
-# The costlier experiments run on the first prompts of each family.
-REPLACED, PATCHED, STABLE, RANDOMISED = 6, 6, 2, 2
-CLOSED = 8  # prompts of each family on which integrated gradients may spend what they ask for
-RANDOM_ORDERS = 5
-SHORTER = {"integrated_gradients": {"max_evaluations": 65}, "shapley": {"permutations": 8}}
-DEPTHS = (1, 5, 15, 30)  # layers re-initialised, from the top
+COSTLY = (IG, GUIDE, CAPTUM)
+GRADIENTS = 513  # that integrated gradients may spend; a few prompts ask for more
+ROWS, FEWER_ROWS = 128, 48  # of Shapley values of tokens and of sentences, where not all are run
+BANZHAF = 40  # rows
+STEPS = 6  # in which the units of a prompt of more than EXACT go
 BEGINNING = "Read this: "
-REPLACEMENTS = ("mean", "eos", "neighbour")  # of erased tokens
+REPLACEMENTS = ("mean", "eos", "neighbour")  # of erased units
 
 
 # --- who is compared ---------------------------------------------------------------------------
@@ -112,71 +132,84 @@ RIVALS = {
     "first token": first_token,
     "last token": last_token,
 }
-VARIANTS = {
-    "attention_rollout, no sink": ("attention_rollout", {"sink": False}),
-    "relevance, CP-LRP": ("relevance", {"through_attention": False}),
-}
 
 
-def everyone(model, question, seed):
-    """``{name: Attribution}`` of every method, variant and rival."""
-    found = {}
-    for name in METHODS:
-        options = {"seed": seed} if name == "random" else OPTIONS.get(name, {})
-        found[name] = attribute(model, question, name, **options)
-    for name, (method, options) in VARIANTS.items():
-        found[name] = attribute(model, question, method, **options)
-    for name, rival in RIVALS.items():
-        found[name] = rival(model, question)
-        found[name] = replace(found[name], scores=found[name].scores.cpu(), method=name)
-    return found
+def runs(units: int, rows: int = ROWS) -> dict[str, tuple[str, dict[str, Any]]]:
+    """``{name: (method, options)}`` of every method and variant, for a prompt of so many units."""
+    options = {IG: {"max_evaluations": GRADIENTS}, "shapley": shapley_options(units, rows)}
+    return (
+        {name: (name, options.get(name, {})) for name in METHODS}
+        | {"attention_rollout, no sink": ("attention_rollout", {"sink": False})}
+        | {"Banzhaf": ("coalitions", {"keep": 0.5, "rows": max(BANZHAF, 2 * units + 1)})}
+        | RELEVANCE
+    )
+
+
+def refusals(model: Any) -> dict[str, str]:
+    """``{name: sentence}`` of the methods and variants that do not fit this model."""
+    said = {name: METHODS[method].refusal(model) for name, (method, _) in runs(1).items()}
+    if gradients := METHODS[IG].refusal(model):
+        said |= dict.fromkeys((GUIDE, CAPTUM), gradients)
+    return {name: sentence for name, sentence in said.items() if sentence}
+
+
+def everyone(
+    model: Any, question: Any, seed: int, costly: bool
+) -> tuple[dict[str, Attribution], list[str]]:
+    """``{name: Attribution}`` of who fits the model, and who refused this very prompt."""
+    found, refused = {}, []
+    out = set(refusals(model)) | (set() if costly else set(COSTLY))
+    rows = ROWS if question.grouping == "tokens" else FEWER_ROWS
+    for name, (method, options) in runs(len(question.units), rows).items():
+        if name in out:
+            continue
+        seeded = {"seed": seed} if name == "random" else {}
+        try:
+            found[name] = attribute(model, question, method, **options, **seeded)
+        except InputError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            refused.append(name)
+    for name in RIVALS.keys() - out:
+        result = RIVALS[name](model, question)
+        found[name] = replace(result, scores=result.scores.cpu(), method=name)
+    return found, refused
 
 
 # --- one prompt --------------------------------------------------------------------------------
 
 
-def measure(case, number):
-    """All that is measured on one prompt: rows ``(method, replacement, measure, value)``."""
-    model, tokenizer = WORKER["model"], WORKER["tokenizer"]
-    ((_, question, other),) = solved(model, tokenizer, [case])
-    results = everyone(model, question, seed=number)
-    rows = [*ground_truth(question, other, results), *costs(results)]
-    for replacement in REPLACEMENTS if number < REPLACED else ("mean",):
-        found = against_random(
-            model, question, results, count=RANDOM_ORDERS, seed=number, replacement=replacement
-        )
-        rows += [
-            (name, replacement, what, value)
-            for name, some in found.iterrows()
-            for what, value in some.items()
-        ]
-    if number < PATCHED:
-        rows += causes(model, question, other, results)
-    if number < STABLE:
-        rows += stability(model, tokenizer, case, question, results)
-    if number < RANDOMISED:
-        rows += notices(model, question)
-    return len(question.labels), rows
+def measure(case: Case, number: int) -> tuple[int, int, list[tuple]]:
+    """All that is measured on one prompt: ``(tokens, units, rows)``.
 
-
-def measure_closed(case, number):
-    """Integrated gradients with their own tolerance and budget: is it the budget that they lack?"""
+    ``number`` is its place in its family; a row is ``(method, replacement, measure, value)``.
+    """
     model, tokenizer = WORKER["model"], WORKER["tokenizer"]
-    ((_, question, other),) = solved(model, tokenizer, [case])
-    results = {f"{IG}, closed": attribute(model, question, IG)}
-    found = against_random(model, question, results, count=RANDOM_ORDERS, seed=number)
-    rows = [
-        (n, "mean", what, value) for n, some in found.iterrows() for what, value in some.items()
-    ]
+    way = {"units": UNITS.get(case.family)}
+    question = ask(model, tokenizer, **case.asked(tokenizer, **way))
+    other = ask(model, tokenizer, **case.asked(tokenizer, counterfactual=True, **way))
+    more = case.family in FAMILIES and number < SUBSET
+    results, refused = everyone(model, question, seed=number, costly=more)
+    rows = [(name, "", "refused", 1.0) for name in refused]
     rows += [*ground_truth(question, other, results), *costs(results)]
-    return len(question.labels), rows
+    rows += erasing(model, question, results, REPLACEMENTS if more else ("mean",))
+    if more:
+        for experiment in (
+            causes(model, question, other, results),
+            stability(model, tokenizer, case, question, results),
+            notices(model, question, results),
+        ):
+            try:
+                rows += list(experiment)
+            except InputError as error:  # such as a pair that can hardly be told apart
+                print(f"{case.family} {number}: {error}", file=sys.stderr)
+    return question.input_ids.shape[1], len(question.units), rows
 
 
 def ground_truth(question, other, results):
-    positions = evidence_positions(question, other)
-    chance = random_reciprocal_rank(len(question.labels), len(positions))
+    units = evidence_units(question, other)
+    chance = random_reciprocal_rank(len(question.units), len(units))
     for name, result in results.items():
-        found = reciprocal_rank(result.scores, positions, result.signed)
+        found = reciprocal_rank(result.scores, units, result.signed)
         yield name, "", "reciprocal_rank", found
         yield name, "", "top1", float(found == 1)
         yield name, "", "chance_reciprocal_rank", chance
@@ -194,6 +227,23 @@ def costs(results):
             yield name, "", "closed", float(result.closed)
 
 
+def erasing(model, question, results, replacements):
+    """What erasing says of each order, and its share of the best one where units are few."""
+    orders = {name: importance_order(result) for name, result in results.items()}
+    for replacement in replacements:
+        if len(question.units) <= EXACT:
+            limit = erasure_limit(model, question, replacement)
+            values = [limit.faithfulness(order) for order in orders.values()]
+        else:
+            every = torch.stack(list(orders.values()))
+            curves = erasure_curves(model, question, every, replacement, STEPS)
+            values = erasure_measures(curves)["faithfulness"].tolist()
+        for name, value in zip(orders, values, strict=True):
+            yield name, replacement, "faithfulness", value
+            if len(question.units) <= EXACT and replacement == "mean":
+                yield name, replacement, "share", limit.share(value)
+
+
 def causes(model, question, other, results):
     """How the scores agree with what patching finds, over the layers and at the embeddings."""
     patched = patch_positions(model, question, other)
@@ -204,57 +254,129 @@ def causes(model, question, other, results):
         yield name, "", "causal_top1", float(scores.argmax() == causal.argmax())
 
 
+def shorter(units, results):
+    """``{name: options}`` of the methods that ran, cut short: they are run many times here."""
+    cut = {IG: {"max_evaluations": 33}, "shapley": {"permutations": 4}}
+    return {name: cut.get(name, {}) for name in METHODS if name in results}
+
+
 def stability(model, tokenizer, case, question, results):
     """Rank correlation of the scores with those of a run that differs in what should not matter."""
     ids = {"target_ids": question.target, "foil_ids": question.foil}
     longer = ask(model, tokenizer, BEGINNING + case.prompt, **ids)
-    shared = len(question.labels) - 1  # the first token has no space before it
-    assert torch.equal(longer.input_ids[0, -shared:], question.input_ids[0, 1:])
-    for name in METHODS:
+    seq = len(question.units)
+    same = longer.input_ids[0, -seq:] == question.input_ids[0]  # the first has no space before it
+    shared = int(same.flip(0).long().cumprod(0).sum())
+    for name, options in shorter(seq, results).items():
         if name == "random":
             continue  # stable or not as its seed is
-        options, scores = OPTIONS.get(name, {}), results[name].scores
+        scores = attribute(model, question, name, **options).scores
         half = attribute(model, question, name, precision="bfloat16", **options).scores
         yield name, "", "stability_bfloat16", rank_correlation(scores, half)
-        after = attribute(model, longer, name, **options).scores[-shared:]
-        yield name, "", "stability_beginning", rank_correlation(scores[1:], after)
+        if shared >= 3:
+            after = attribute(model, longer, name, **options).scores[-shared:]
+            yield name, "", "stability_beginning", rank_correlation(scores[-shared:], after)
         if name == "shapley":
             again = attribute(model, question, name, seed=1000, **options).scores
             yield name, "", "stability_seed", rank_correlation(scores, again)
 
 
-def notices(model, question):
-    """Whether the scores change with the model: see ``randomisation``."""
-    for name in METHODS:
-        found = randomisation(model, question, name, DEPTHS, **SHORTER.get(name, {}))
-        for depth, value in zip(DEPTHS, found, strict=True):
-            yield name, "", f"randomised_{depth}", value
+def notices(model, question, results):
+    """Rank correlation of the scores with themselves after layers are re-initialised."""
+    methods = shorter(len(question.units), results)
+
+    def sizes():
+        return {
+            name: attribute(model, question, name, **methods[name]).scores.abs() for name in methods
+        }
+
+    before = sizes()
+    for depth in depths(model):
+        with randomised(model, depth):
+            for name, scores in sizes().items():
+                yield name, "", f"randomised_{depth}", rank_correlation(before[name], scores)
+
+
+def depths(model):
+    """How many layers are re-initialised, from the top: one, half of them, all."""
+    layers = len(stack_of(model).layers)
+    return sorted({1, max(1, layers // 2), layers})
 
 
 # --- all prompts -------------------------------------------------------------------------------
 
-WORKER = {}
+WORKER: dict[str, Any] = {}
 
 
-def start_worker():
-    torch.set_num_threads(1)
-    WORKER["model"], WORKER["tokenizer"] = load_model()
+class Job(NamedTuple):
+    """One prompt to be measured: ``number`` is its place among those of its family."""
+
+    weights: str  # SHA-256
+    split: str
+    family: str
+    number: int
+    case: Case
 
 
-def part_of(split, family, number, case, closed=False):
+@dataclass(frozen=True)
+class Chosen:
+    """The first prompts of a family that the model gets right, of so many that were tried."""
+
+    cases: list[Case]
+    tried: int
+    fault: str = ""  # why none could be asked
+
+
+def start_worker(model: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    WORKER["model"], WORKER["tokenizer"] = load_model(model)
+
+
+def chosen(split: str, per_family: int | None = None) -> dict[str, Chosen]:
+    """The prompts of each family, whole pairs.
+
+    Raises ``InputError`` where none of the short ones is solved, before the longer ones are tried.
+    """
+    found: dict[str, Chosen] = {}
+    for family in (*FAMILIES, *LONGER):
+        if family in LONGER and not any(some.cases for some in found.values()):
+            break
+        wanted = PROMPTS[family] if per_family is None else per_family + per_family % 2
+        candidates = cases(family, split)[: CANDIDATES * max(wanted, 16)]
+        right = solved(WORKER["model"], WORKER["tokenizer"], candidates, UNITS.get(family))
+        try:
+            some = [case for case, *_ in islice(right, wanted)]
+        except InputError as error:  # such as a chat without a template
+            found[family] = Chosen([], 0, str(error))
+            continue
+        enough = len(some) == wanted
+        tried = candidates.index(some[-1]) + 1 if enough else len(candidates)
+        found[family] = Chosen(some if len(some) >= min(FEWEST, wanted) else [], tried)
+    if not any(some.cases for some in found.values()):
+        tried = sum(some.tried for some in found.values())
+        raise InputError(
+            f"Of {tried} pairs of short sentences this model gets fewer than {FEWEST} of a kind "
+            "right, so no method can be marked on it: take a larger one, or one that knows English."
+        )
+    return found
+
+
+def part_of(job: Job) -> Path:
     """The file that keeps what was measured on one prompt; another prompt has another file."""
-    digest = hashlib.sha256(repr((case, OPTIONS, sorted(METHODS))).encode()).hexdigest()[:12]
-    return KEPT / f"{'closed-' * closed}{split}-{family}-{number:03d}-{digest}.parquet"
+    methods = [(name, str(inspect.signature(METHODS[name].run))) for name in sorted(METHODS)]
+    options = [runs(units, rows) for units in (EXACT, 4 * EXACT) for rows in (ROWS, FEWER_ROWS)]
+    facts = repr((job, methods, options, UNITS, SUBSET, STEPS))
+    digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    return KEPT / f"{job.split}-{job.family}-{job.number:03d}-{digest}.parquet"
 
 
-def run_one(split, family, number, case, closed=False):
-    path = part_of(split, family, number, case, closed)
-    tokens, rows = measure_closed(case, number) if closed else measure(case, number)
+def run_one(job: Job) -> Path:
+    tokens, units, rows = measure(job.case, job.number)
     frame = pd.DataFrame(rows, columns=["method", "replacement", "measure", "value"])
-    where = {"split": split, "family": family, "case": number, "tokens": tokens}
-    frame = frame.assign(value=frame["value"].astype(float), **where)
-    write_whole(frame, path)
-    return path
+    where = {"split": job.split, "family": job.family, "case": job.number}
+    where |= {"tokens": tokens, "units": units}
+    write_whole(frame.assign(value=frame["value"].astype(float), **where), part_of(job))
+    return part_of(job)
 
 
 def write_whole(frame, path):
@@ -267,147 +389,322 @@ def write_whole(frame, path):
     Path(name).replace(path)
 
 
+def run_all(jobs: list[Job], model: str, workers: int) -> None:
+    """Measure what has not been measured yet; costlier prompts first, so that none ends alone."""
+    missing = [job for job in jobs if not part_of(job).exists()]
+    missing.sort(key=lambda job: (job.family in FAMILIES and job.number >= SUBSET, job.number))
+    print(f"{len(jobs)} prompts, {len(missing)} to do, {workers} at a time.", flush=True)
+    if workers == 1:
+        for job in tqdm(missing, disable=None):
+            run_one(job)
+    elif missing:
+        WORKER.clear()  # each process loads its own
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, start_worker, (model, threads)) as pool:
+            running = [pool.submit(run_one, job) for job in missing]
+            for done in tqdm(as_completed(running), total=len(running), disable=None):
+                done.result()
+
+
+def processes(model: Any) -> int:
+    """How many models are run at once: one a core and no more than fit, or one on a GPU."""
+    if model.device.type != "cpu":
+        return 1
+    size = 1.5 * sum(weight.nbytes for weight in model.parameters())  # and what a run takes
+    fit = int((free_memory(model.device) + size) / size)  # the one that is loaded goes
+    return max(1, min(os.cpu_count() or 1, fit))
+
+
 def main(
+    model: Annotated[str, typer.Option(help="Hub name, folder or .gguf.")] = BUNDLED,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; outputs/evidence/<name of the model> by default.")
+    ] = None,
+    per_family: Annotated[
+        int | None, typer.Option(min=2, help="Prompts of each family; 24 and 12 by default.")
+    ] = None,
     split: Annotated[str, typer.Option(help="tuning or reporting")] = "reporting",
-    per_family: Annotated[int, typer.Option(help="prompts of each family")] = 34,
-    workers: Annotated[int, typer.Option(help="processes, one thread each")] = os.cpu_count(),
-    out: Annotated[Path, typer.Option("--table", help="the table that is written")] = EVIDENCE,
-):
-    """Measure what has not been measured yet, then write the table, the summary and the figure."""
-    start_worker()
-    wanted = []
-    for family in FAMILIES:
-        some = islice(
-            solved(WORKER["model"], WORKER["tokenizer"], cases(family, split)), per_family
-        )
-        wanted += [(split, family, number, case) for number, (case, _, _) in enumerate(some)]
-    wanted += [(*job, True) for job in wanted if job[2] < CLOSED]
-    # the costlier first prompts of each family go first, so that no worker ends with them alone
-    wanted.sort(key=lambda job: job[2])
-    missing = [job for job in wanted if not part_of(*job).exists()]
-    print(f"{len(wanted)} runs, {len(missing)} to do.", flush=True)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, start_worker) as pool:
-        running = [pool.submit(run_one, *job) for job in missing]
-        for done in tqdm(as_completed(running), total=len(running), disable=None):
-            done.result()
-    found = pd.concat([pd.read_parquet(part_of(*job)) for job in wanted], ignore_index=True)
-    order = ["split", "family", "case", "tokens", "method", "replacement", "measure", "value"]
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; one a core by default.")
+    ] = None,
+) -> None:
+    """Measure what has not been measured yet, then write the table, the verdict and the figure."""
+    name = public_name(model)
+    weights = weights_digest(model)
+    start_worker(model, os.cpu_count() or 1)
+    workers = workers or processes(WORKER["model"])
+    refused = refusals(WORKER["model"])
+    found = chosen(split, per_family)
+    jobs = [
+        Job(weights, split, family, number, case)
+        for family, some in found.items()
+        for number, case in enumerate(some.cases)
+    ]
+    run_all(jobs, model, workers)
+    rows = table_of(jobs)
+    folder = out or OUTPUTS / (name.replace("/", "--") + f"-{split}" * (split != "reporting"))
+    write_whole(rows, folder / "evidence.parquet")
+    page = verdict(rows, f"{name}, SHA-256 {digest_of(model)}", found, refused)
+    (folder / "verdict.md").write_text(page + "\n", encoding="utf-8")
+    save(draw(rows), folder / "evidence.png")
+    print(f"{page}\n\nIn {folder}: verdict.md, evidence.parquet, evidence.png")
+    if model == BUNDLED and split == "reporting" and per_family is None:
+        write_whole(rows, EVIDENCE)
+        save(draw(rows), FIGURE)
+        text = f"{workers} processes.\n\n{summary(rows)}"
+        keep("evidence", "Which method to believe", text)
+        between(README, "evidence", readme(rows))
+
+
+def table_of(jobs):
+    """What was measured on all prompts, as it is kept."""
+    found = pd.concat([pd.read_parquet(part_of(job)) for job in jobs], ignore_index=True)
+    order = ["split", "family", "case", "tokens", "units"]
+    order += ["method", "replacement", "measure", "value"]
     found = found[order].sort_values(["family", "case"], kind="stable", ignore_index=True)
     words = ["split", "family", "method", "replacement", "measure"]
-    found = found.astype(dict.fromkeys(words, "category"))
-    write_whole(found, out)
-    print(summary(found))
-    if out == EVIDENCE:
-        text = f"{workers} processes of one thread each.\n\n{summary(found)}"
-        keep("evidence", "Which method to believe", text)
-        draw(found).savefig(FIGURE, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    return found.astype(dict.fromkeys(words, "category"))
 
 
-# --- the summary -------------------------------------------------------------------------------
+def save(fig, path):
+    fig.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    plt.close(fig)
 
 
+# --- what it says ------------------------------------------------------------------------------
+
+MARK = "reciprocal rank of the evidence"
+ERASING = "insertion - deletion, nats"
+SHARE = "share of the best order"
 COLUMNS = {
-    "reciprocal rank of the evidence": ("reciprocal_rank", ""),
-    "insertion - deletion, nats": ("faithfulness", "mean"),
-    "the same, from end-of-text": ("faithfulness", "eos"),
-    "the same, from the neighbour": ("faithfulness", "neighbour"),
+    MARK: ("reciprocal_rank", ""),
+    ERASING: ("faithfulness", "mean"),
+    SHARE: ("share", "mean"),
+}
+MORE_COLUMNS = {
+    "insertion - deletion from end-of-text": ("faithfulness", "eos"),
+    "the same from the neighbour": ("faithfulness", "neighbour"),
     "names the token that patching finds": ("causal_top1", ""),
     "rank agreement with patching": ("causal_rank_correlation", ""),
 }
+QUESTIONS = {
+    "Who finds the word that decides?": (MARK, "mean reciprocal rank"),
+    "Who predicts what erasing does?": (ERASING, "insertion minus deletion, nats"),
+    "Who comes near the best order?": (SHARE, "share of the best order"),
+}
 
 
-def summary(found):
-    best = by_method(found, "reciprocal_rank").index
-    columns = {
+def winner(found: pd.DataFrame, column: str, unit: str) -> str:
+    """A sentence: who wins by its interval, and by how much, or that nobody does."""
+    what, replacement = COLUMNS[column]
+    some = by_method(found, what, replacement=replacement)
+    if some.empty:
+        return "This was measured on no prompt."
+    best = best_by_interval(found, what, replacement=replacement)
+    own = f"`{best.method}`, {with_interval(some.loc[best.method])} {unit}"
+    if best.wins:
+        name = best.leads.index[0]
+        return f"{own}, is ahead of every other method, of `{name}` by {_lead(best, name)}."
+    few = best.leads["low"].isna()
+    if few.all():
+        return f"{own}, is first, but on too few prompts to name a winner."
+    names = "; ".join(f"`{name}` ({_lead(best, name)})" for name in best.alike)
+    return f"No winner: {own}, is first, and its lead is not certain over {names}."
+
+
+def _lead(best, name):
+    row = best.leads.loc[name]
+    band = "too few prompts" if pd.isna(row["low"]) else f"{row['low']:.2f} to {row['high']:.2f}"
+    return f"{row['mean']:.2f}, {band}"
+
+
+def methods_table(found, columns):
+    """A row a method, the best at finding the word first: marks with intervals, and costs."""
+    marks = {
         title: by_method(found, what, replacement=erased)
-        for title, (what, erased) in COLUMNS.items()
+        for title, (what, erased) in columns.items()
     }
     counts = found.pivot_table("value", "method", "measure", "mean", observed=True)
     rows = []
-    for name in best:
-        row = {"method": name}
-        for title, some in columns.items():
+    for name, first in marks[MARK].iterrows():
+        row = {"method": name, "prompts": f"{first['prompts']:.0f}"}
+        for title, some in marks.items():
             row[title] = with_interval(some.loc[name]) if name in some.index else ""
         row["gradients"] = f"{counts.loc[name, 'evaluations']:.0f}"
         row["forward rows"] = f"{counts.loc[name, 'forwards']:.0f}"
-        seconds = counts["seconds"].get(name)
+        seconds = counts["seconds"].get(name) if "seconds" in counts else None
         row["seconds"] = "" if pd.isna(seconds) else f"{seconds:.2f}"
         rows.append(row)
-    each = found.groupby(["family", "case"], observed=True)["tokens"].first()
-    family = each.groupby("family", observed=True).size()
+    return table(rows)
+
+
+def about_prompts(found):
+    """What the numbers are of."""
+    each = found.groupby(["family", "case"], observed=True)[["tokens", "units"]].first()
+    searched = found[found["measure"] == "share"].groupby(["family", "case"], observed=True).ngroups
     chance = found[found["measure"] == "chance_reciprocal_rank"]["value"].mean()
+    return (
+        f"{len(each)} prompts of the {found['split'].iloc[0]} half, {each['tokens'].min()} to "
+        f"{each['tokens'].max()} tokens, each with one word that decides between two answers; each "
+        f"token, sentence (`chat`, `long_fact`) or passage (`passages`) has a score. Means "
+        "with 95 % bootstrap intervals over minimal pairs. A random order has the evidence at a "
+        f"reciprocal rank of {chance:.2f} on average, and insertion minus deletion of 0. The best "
+        f"order was searched on the {searched} prompts of at most {EXACT} units; there and nowhere "
+        f"else Shapley values are of all subsets; of tokens they are else of about {ROWS} rows, of "
+        f"sentences of {FEWER_ROWS}. Erased units become the mean embedding, in {STEPS} steps "
+        f"where there are more than {EXACT}. Integrated gradients "
+        f"(to 2 % or {GRADIENTS} gradients), the guide's and Captum's ran on the first {SUBSET} "
+        "prompts of each short family alone, so their means are not to be compared with those of "
+        "others: a lead is over the prompts that both methods ran on."
+    )
+
+
+def verdict(found: pd.DataFrame, about: str, families: dict[str, Chosen], refused: dict) -> str:
+    """One page about a model: who wins, by how much, and what to be careful of."""
+    rows = []
+    for family, some in families.items():
+        few = f"fewer than {FEWEST} of {some.tried}: left out"
+        told = f"{len(some.cases)} of {some.tried}" if some.cases else some.fault or few
+        best = ""
+        if some.cases:
+            first = best_by_interval(found, "reciprocal_rank", family).method
+            row = by_method(found, "reciprocal_rank", family).loc[first]
+            best = f"`{first}`, {with_interval(row)}"
+        rows.append({"prompts": family, "solved, of so many tried": told, "finds the word": best})
+    times = found[found["measure"] == "refused"].groupby("method", observed=True)["value"].count()
+    careful = [
+        "The deciding word made the difference between two answers. Other words may have been "
+        "needed for both; a method that names these has not failed.",
+        "Only prompts that this model gets right are marked, and most are short sentences. On "
+        "other texts another method may be better.",
+        "An erased unit becomes an embedding that no text has there, and much hangs on what it "
+        "becomes: see notebooks/10_faithfulness.ipynb.",
+        "A winner is ahead of every other method with its interval; five of a hundred such "
+        "intervals miss.",
+        *(f"`{name}` is left out: {sentence}" for name, sentence in refused.items()),
+        *(f"`{name}` refused {number} prompts." for name, number in times.items()),
+    ]
     text = [
-        f"{len(each)} prompts of the {found['split'].iloc[0]} half, {family.min()} to "
-        f"{family.max()} a family, {each.median():.0f} tokens in the median. Means with 95 % "
-        "bootstrap intervals over minimal pairs.",
+        f"# Which method to believe: {about}",
+        *(f"**{title}** {winner(found, *which)}" for title, which in QUESTIONS.items()),
+        about_prompts(found),
+        methods_table(found, COLUMNS),
         table(rows),
-        f"A random order has the evidence at a reciprocal rank of {chance:.2f} on average. "
-        "Beware of the rank agreement with patching: in later layers every answer is at the last "
-        "position, so knowing nothing but that (last token) agrees well.",
-        "Reciprocal rank of the evidence by family:",
-        table(
-            [
-                {"method": name}
-                | {
-                    family: with_interval(by_method(found, "reciprocal_rank", family).loc[name])
-                    for family in FAMILIES
-                }
-                for name in best
-            ]
-        ),
-        "Rank correlation of scores with themselves: layers re-initialised from the top, and runs "
-        "that should not matter (half precision, other words before the prompt, another seed).",
-        table(
-            [
-                {"method": name}
-                | {
-                    what: with_interval(some.loc[name]) if name in some.index else ""
-                    for what, some in changed(found).items()
-                }
-                for name in METHODS
-            ]
-        ),
+        "Be careful:",
+        "\n".join(f"- {sentence}" for sentence in careful),
     ]
     return "\n\n".join(text)
 
 
-def changed(found):
+def summary(found: pd.DataFrame) -> str:
+    """The section of results.md."""
+    best = by_method(found, "reciprocal_rank").index
+    families = [family for family in PROMPTS if family in set(found["family"])]
+    ranks = {family: by_method(found, "reciprocal_rank", family) for family in families}
     measures = [
-        *(f"randomised_{depth}" for depth in DEPTHS),
+        *(f"randomised_{depth}" for depth in randomised_depths(found)),
         "stability_bfloat16",
         "stability_beginning",
         "stability_seed",
     ]
-    return {measure: by_method(found, measure) for measure in measures}
+    changed = {measure: by_method(found, measure) for measure in measures}
+    text = [
+        about_prompts(found),
+        *(f"**{title}** {winner(found, *which)}" for title, which in QUESTIONS.items()),
+        methods_table(found, COLUMNS | MORE_COLUMNS),
+        "Beware of the rank agreement with patching: in later layers every answer is at the last "
+        "position, so knowing nothing but that (last token) agrees well.",
+        "Reciprocal rank of the evidence by family:",
+        _grid(best, ranks),
+        "Rank correlation of scores with themselves: layers re-initialised from the top, and runs "
+        "that should not matter (half precision, other words before the prompt, another seed). "
+        "Integrated gradients have 33 gradients here, Shapley values 4 orders.",
+        _grid([name for name in METHODS if name in best], changed),
+    ]
+    return "\n\n".join(text)
+
+
+def randomised_depths(found):
+    names = [str(what) for what in found["measure"].unique()]
+    return sorted(int(name[11:]) for name in names if name.startswith("randomised_"))
+
+
+def _grid(names, columns):
+    return table(
+        [
+            {"method": name}
+            | {
+                title: with_interval(some.loc[name]) if name in some.index else ""
+                for title, some in columns.items()
+            }
+            for name in names
+        ]
+    )
+
+
+def readme(found: pd.DataFrame) -> str:
+    """What README says under its figure: the table, and who wins."""
+    return "\n\n".join(
+        [
+            methods_table(found, COLUMNS),
+            *(f"*{title}* {winner(found, *which)}" for title, which in QUESTIONS.items()),
+        ]
+    )
+
+
+def between(file: Path, mark: str, text: str) -> None:
+    """Put ``text`` between two marks of a file, ``<!-- mark -->`` and ``<!-- end mark -->``."""
+    begin, end = f"<!-- {mark} -->\n", f"<!-- end {mark} -->"
+    before, rest = file.read_text(encoding="utf-8").split(begin)  # fails where a mark is not there
+    _, after = rest.split(end)
+    file.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
+
+
+# --- the figure --------------------------------------------------------------------------------
 
 
 def draw(found):
-    """Methods by ground truth, by faithfulness and by cost, in one order, with intervals."""
-    order = by_method(found, "reciprocal_rank").index[::-1]
-    fig, axes = plt.subplots(1, 3, figsize=(12, 5), layout="constrained", sharey=True)
+    """Methods by ground truth, by erasing and by cost, in one order, with intervals."""
+    ranks = by_method(found, "reciprocal_rank")
+    order = ranks.index[::-1]
+    fig, axes = plt.subplots(
+        1, 4, figsize=(15, 1.2 + 0.27 * len(order)), layout="constrained", sharey=True
+    )
     chance = found[found["measure"] == "chance_reciprocal_rank"]["value"].mean()
-    dots(axes[0], by_method(found, "reciprocal_rank").loc[order], "o")
+    dots(axes[0], ranks.loc[order], "o")
     axes[0].axvline(chance, color="0.3", linestyle=":")
     axes[0].set(xlabel="reciprocal rank of the word that decides", xlim=(0, 1))
-    axes[0].set_yticks(range(len(order)), order)
+    part = ranks["prompts"] < ranks["prompts"].max()
+    labels = [f"{name} *" if part[name] else name for name in order]
+    axes[0].set_yticks(range(len(order)), labels)
     for shift, marker, erased in ((0, "o", "mean"), (-0.2, "s", "eos"), (-0.4, "d", "neighbour")):
         some = by_method(found, "faithfulness", replacement=erased).reindex(order)
-        dots(axes[1], some, marker, shift, label=f"erased: {erased}")
+        if some["mean"].notna().any():
+            star = " *" if shift else ""
+            dots(axes[1], some, marker, shift, label=f"erased: {erased}{star}")
     axes[1].axvline(0, color="0.3", linestyle=":")
     axes[1].set(xlabel="insertion minus deletion (nats)")
     axes[1].legend(fontsize=8, loc="lower right")
+    dots(axes[2], by_method(found, "share", replacement="mean").reindex(order), "o")
+    axes[2].axvline(0, color="0.3", linestyle=":")
+    axes[2].axvline(1, color="0.3", linestyle="--")
+    axes[2].set(xlabel=f"of what the best order has, at most {EXACT} units")
     cost = 2 * by_method(found, "evaluations")["mean"] + by_method(found, "forwards")["mean"]
-    axes[2].barh(range(len(order)), cost[order], color="0.6")
-    axes[2].set(xscale="log", xlabel="rows through the model; a gradient counts twice")
-    axes[0].set_title("Finds the word (dotted: chance)", fontsize=10)
-    axes[1].set_title("Erasing bears it out (dotted: chance)", fontsize=10)
-    axes[2].set_title("Cost", fontsize=10)
-    for label in axes[0].get_yticklabels():
-        rival = label.get_text() in RIVALS or label.get_text() == "random"
-        label.set_fontstyle("italic" if rival else "normal")
-    for ax in axes:
+    axes[3].barh(range(len(order)), cost[order], color="0.6")
+    axes[3].set(xscale="log", xlabel="rows through the model; a gradient counts twice")
+    titles = ("Finds the word", "Erasing bears it out", "Share of the best order", "Cost")
+    for ax, title in zip(axes, titles, strict=True):
+        ax.set_title(title, fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
+    for label, name in zip(axes[0].get_yticklabels(), order, strict=True):
+        rival = name in RIVALS or name == "random"
+        label.set_fontstyle("italic" if rival else "normal")
+    fig.supxlabel(
+        "dotted: chance; dashed: the best order; in italics: rivals and controls; "
+        f"*: on the first {SUBSET} prompts of each short family alone",
+        fontsize=9,
+    )
     return fig
 
 
@@ -418,4 +715,4 @@ def dots(ax, rows, marker, shift=0.0, label=None):
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)

@@ -4,14 +4,26 @@ import csv
 import hashlib
 import platform
 import re
+import sys
 from datetime import date
 from pathlib import Path
 
 import torch
+import typer
 
+from helpers.errors import InputError
 from helpers.models import weights_digest
 
 RESULTS = Path(__file__).with_name("results.md")
+
+
+def command(main):
+    """Run ``main`` with the arguments of the command line; what it cannot do is one sentence."""
+    try:
+        typer.run(main)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 def keep(name, title, text):

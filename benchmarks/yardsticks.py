@@ -11,7 +11,7 @@
 
 Nothing may be tuned here. Keeps a section of results.md for each model.
 
-    python benchmarks/yardsticks.py                      the bundled model, half an hour
+    python benchmarks/yardsticks.py                      the bundled model, twenty minutes
     python benchmarks/yardsticks.py --model model.gguf --prompts 20
 """
 
@@ -38,14 +38,14 @@ from helpers.models import BUNDLED, public_name
 from helpers.prompts import read_prompt
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
-from report import digest_of, keep, table, with_interval
+from compared import RELEVANCE
+from report import command, digest_of, keep, table, with_interval
 
 DATA = Path(__file__).with_name("data")
 # Integrated gradients and Shapley values to a budget: they are most of the time as it is.
 OPTIONS = {"integrated_gradients": {"max_evaluations": 33}, "shapley": {"permutations": 8}}
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "relevance, CP-LRP": ("relevance", {"through_attention": False}),
-}
+SENTENCES = 1000  # of agreement that are tried, as many as there are of indirect objects
+FEWEST = 6  # prompts that are worth an interval
 DRAWS = 4  # of elements that are erased, for each prompt and method
 IOI, GIVER, AGREEMENT = "indirect object", "its giver", "agreement"
 Span = tuple[int, int]
@@ -83,14 +83,14 @@ def indirect_objects() -> Iterator[Prompt]:
 
 
 def agreement() -> Iterator[Prompt]:
-    """Sentences of Marvin and Linzen's kinds, in turn and without end, subjects of both numbers."""
+    """``SENTENCES`` of Marvin and Linzen's kinds, in turn, with subjects of both numbers."""
     words = yaml.safe_load((DATA / "agreement.yml").read_text(encoding="utf-8"))
     generator = random.Random(0)
 
     def pick(some):  # of this module only random() is promised to stay the same
         return some[int(generator.random() * len(some))]
 
-    for construction in cycle(words["constructions"]):
+    for construction in islice(cycle(words["constructions"]), SENTENCES):
         many = generator.random() < 0.5
         subject = pick(words[construction["subject"]]) + "s" * many
         other, verb = pick(words["others"]) + "s" * (not many), pick(words["verbs"]) + "s" * many
@@ -130,13 +130,32 @@ def answered(
             yield prompt, question
 
 
+def enough(
+    model: Any, tokenizer: Any, prompts: int
+) -> tuple[list[list[tuple[Prompt, Question]]], list[str]]:
+    """The first ``prompts`` of each kind that the model gets right, and what is to be told.
+
+    A kind of which it gets too few right is left out. Raises ``InputError`` where that is all.
+    """
+    kinds, few = [], []
+    for kind, name in ((indirect_objects, "indirect objects"), (agreement, "agreement")):
+        right = list(islice(answered(model, tokenizer, kind()), prompts))
+        if len(right) >= min(FEWEST, prompts):
+            kinds.append(right)
+        else:
+            few.append(f"Of {name} this model gets {len(right)} right, too few for an interval.")
+    if not kinds:
+        raise InputError(" ".join(few) + " Take a larger model, or one that knows English.")
+    return kinds, few
+
+
 # --- what is measured --------------------------------------------------------------------------
 
 
 def everyone(model: Any, question: Question, seed: int) -> dict[str, Attribution]:
     """Every method and variant; one that the model does not fit is left out, and told."""
     found = {}
-    runs = {name: (name, OPTIONS.get(name, {})) for name in METHODS} | VARIANTS
+    runs = {name: (name, OPTIONS.get(name, {})) for name in METHODS} | RELEVANCE
     for name, (method, options) in runs.items():
         more = {"seed": seed} if method == "random" else {}
         try:
@@ -221,7 +240,7 @@ def summary(found: pd.DataFrame, about: str) -> str:
         f"gradients have {OPTIONS['integrated_gradients']['max_evaluations']} gradients, Shapley "
         f"values {OPTIONS['shapley']['permutations']} orders. 95 % bootstrap intervals over "
         "prompts.",
-        *(_ranks(found, yardstick) for yardstick in (IOI, GIVER, AGREEMENT)),
+        *(_ranks(found, yardstick) for yardstick in found["yardstick"].unique()),
         "Soft normalised comprehensiveness (Zhao and Aletras 2023, arXiv:2305.10496): how far the "
         "probability of the target falls when each element of each embedding is erased with the "
         "token's normalised score as probability, over how far it falls when all is erased; means "
@@ -257,7 +276,7 @@ def _soft(found):
     rows = []
     for name in found[found["measure"] == "fall"]["method"].unique():
         row = {"method": name}
-        for yardstick in (IOI, AGREEMENT):
+        for yardstick in found[found["measure"] == "fall"]["yardstick"].unique():
             some = means.loc[name, yardstick]
             fall = some["fall"] / some["fall of all"] if some["fall of all"] else float("nan")
             row[f"{yardstick}: soft comprehensiveness"] = f"{fall:.2f}"
@@ -272,9 +291,9 @@ def main(
 ) -> None:
     """Measure, and keep the section of this model."""
     loaded, tokenizer = load_model(model)
+    kinds, few = enough(loaded, tokenizer, prompts)
     rows = []
-    for kind in (indirect_objects, agreement):
-        some = islice(answered(loaded, tokenizer, kind()), prompts)
+    for some in kinds:
         for number, (prompt, question) in enumerate(some):
             case = 2 * number  # by_method takes 2k and 2k + 1 for a pair: none of these is one
             rows += [
@@ -284,11 +303,11 @@ def main(
             print(number, prompt.text, file=sys.stderr, flush=True)
     columns = ["yardstick", "family", "case", "method", "measure", "value"]
     name = public_name(model)
-    about = f"{name}, SHA-256 {digest_of(model)}."
+    about = " ".join([f"{name}, SHA-256 {digest_of(model)}.", *few])
     section = "yardsticks" if model == BUNDLED else f"yardsticks {name}"
     title = f"Yardsticks of others, {name}"
     keep(section, title, summary(pd.DataFrame(rows, columns=columns), about))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)

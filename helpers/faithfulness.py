@@ -179,11 +179,19 @@ class Limit:
     ``order``     LongTensor [units], the best there is; among equals, any
     ``best``      its ``faithfulness`` (insertion minus deletion, see ``erasure_measures``), in nats
     ``forwards``  rows that were run
+    ``gains``     FloatTensor [2**units], what each subset of the units has more than the rest of
+                  them, in nats; unit k is in subset s where bit k of s is set
     """
 
     order: torch.Tensor
     best: float
     forwards: int
+    gains: torch.Tensor
+
+    def faithfulness(self, order: torch.Tensor) -> float:
+        """That of any ``order`` [units], in nats, without another row."""
+        taken = torch.cat([torch.zeros(1, dtype=torch.long), (1 << order).cumsum(0)])
+        return float(torch.trapezoid(self.gains[taken])) / len(order)
 
     def share(self, faithfulness: float) -> float:
         """Where a ``faithfulness`` lies between chance, 0, and the best order, 1.
@@ -228,7 +236,8 @@ def erasure_limit(
     while taken:
         order.append(last[taken])
         taken ^= 1 << last[taken]
-    return Limit(torch.tensor(order[::-1]), float(best[-1]), len(kept) + 1)
+    found = torch.tensor(order[::-1])
+    return Limit(found, float(best[-1]), len(kept) + 1, torch.from_numpy(gain))
 
 
 # --- does the method notice that the model has changed? ----------------------------------------
@@ -317,8 +326,9 @@ def bootstrap_interval(
 def evidence_table(path: Path = EVIDENCE) -> pd.DataFrame:
     """What ``make evidence`` measured with the bundled model, one number a row: a DataFrame.
 
-    Columns: ``split``, ``family`` and ``case`` (of ``ground_truth``), ``tokens``, ``method``,
-    ``replacement`` (of the erased tokens, where tokens were erased), ``measure``, ``value``.
+    Columns: ``split``, ``family`` and ``case`` (of ``ground_truth``), ``tokens`` and ``units`` of
+    the prompt, ``method``, ``replacement`` (of the erased units, where some were erased),
+    ``measure``, ``value``. Not every method ran on every prompt: see ``best_by_interval``.
     """
     return pd.read_parquet(path)
 
@@ -333,14 +343,82 @@ def by_method(
     keeps the rows whose columns have these values, such as ``replacement="mean"``. Columns
     ``mean``, ``low``, ``high``, ``prompts``; sorted, the largest mean first.
     """
-    some = table[table["measure"] == measure].dropna(subset=["value"])
-    if family is not None:
-        some = some[some["family"] == family]
-    for column, value in only.items():
-        some = some[some[column] == value]
+    some = _rows_of(table, measure, family, only)
     rows = {}
     for method, found in some.groupby("method", observed=True):
         pairs = found.groupby([found["family"], found["case"] // 2], observed=True)["value"].mean()
         rows[method] = (*bootstrap_interval(pairs), len(found))
     frame = pd.DataFrame.from_dict(rows, "index", columns=["mean", "low", "high", "prompts"])
     return frame.sort_values("mean", ascending=False)
+
+
+FEWEST_PAIRS = 6  # five that all point one way do so once in 16 times between equals
+
+
+@dataclass(frozen=True)
+class Best:
+    """The method with the largest mean, and how far it leads.
+
+    ``method``  its name
+    ``leads``   DataFrame, a row for each other method, the smallest lead first: ``mean``, ``low``
+                and ``high`` of what the method has more than the other on prompts that both ran on,
+                and how many ``pairs`` these are; of fewer than ``FEWEST_PAIRS`` pairs the interval
+                is nan
+    """
+
+    method: str
+    leads: pd.DataFrame
+
+    @property
+    def alike(self) -> list[str]:
+        """The methods that it cannot be told from: a lead of zero is in the interval, or above."""
+        return list(self.leads.index[~(self.leads["low"] > 0)])
+
+    @property
+    def wins(self) -> bool:
+        """Whether every lead's interval is above zero."""
+        return not self.alike
+
+
+def best_by_interval(
+    table: pd.DataFrame, measure: str, family: str | None = None, **only: Any
+) -> Best:
+    """The best method by one measure, and by how much it is better than each other one.
+
+    The arguments are those of ``by_method``. The best has the largest mean of the methods that ran
+    on the most prompts: a mean over fewer may only be that of easier prompts. A lead is the
+    mean difference over the pairs that both methods ran on, and its 95 % interval the bootstrap's
+    over these pairs; so prompts that are hard for both do not widen it.
+
+    Raises ``InputError`` where the table has no such number.
+    """
+    some = _rows_of(table, measure, family, only)
+    if some.empty:
+        raise InputError(f"The table has no {measure}: there is no best method to be named.")
+    wide = some.pivot_table("value", ["family", "case"], "method", observed=True)
+    count = wide.notna().sum()
+    best = _pair_means(wide.loc[:, count == count.max()]).mean().idxmax()
+    rows = {}
+    for other in wide.columns.drop(best):
+        ahead = _pair_means((wide[best] - wide[other]).dropna())
+        mean, low, high = bootstrap_interval(ahead) if len(ahead) else [math.nan] * 3
+        told = len(ahead) >= FEWEST_PAIRS
+        rows[other] = (mean, *((low, high) if told else [math.nan] * 2), len(ahead))
+    leads = pd.DataFrame.from_dict(rows, "index", columns=["mean", "low", "high", "pairs"])
+    return Best(str(best), leads.sort_values("mean"))
+
+
+def _rows_of(table, measure, family, only):
+    """The rows of a table that hold a number of ``measure``."""
+    some = table[table["measure"] == measure].dropna(subset=["value"])
+    if family is not None:
+        some = some[some["family"] == family]
+    for column, value in only.items():
+        some = some[some[column] == value]
+    return some
+
+
+def _pair_means(some):
+    """What is indexed by family and case, with the mean of both directions of a minimal pair."""
+    family, case = (some.index.get_level_values(level) for level in (0, 1))
+    return some.groupby([family, case // 2], observed=True).mean()

@@ -14,6 +14,7 @@ from helpers import InputError, ask, attribute, tiny_llama
 from helpers.faithfulness import (
     against_random,
     area,
+    best_by_interval,
     bootstrap_interval,
     by_method,
     erasure_curves,
@@ -195,6 +196,8 @@ def test_the_limit_is_the_best_of_all_orders(tiny, replacement, shape):
     own = erasure_curves(model, question, limit.order[None], replacement=replacement)
     assert float(erasure_measures(own)["faithfulness"]) == pytest.approx(limit.best, abs=1e-4)
     assert limit.share(limit.best) == 1 and limit.share(0.0) == 0
+    known = [limit.faithfulness(order) for order in every]
+    assert known == pytest.approx(all_of_them.tolist(), abs=1e-4)
     assert limit.forwards == 2**units + 1
 
 
@@ -306,3 +309,84 @@ def test_the_two_directions_of_a_pair_count_as_one_prompt():
     mean, low, high = bootstrap_interval(draw)
     assert found["prompts"] == 20
     assert (found["mean"], found["low"], found["high"]) == pytest.approx((mean, low, high))
+
+
+def marks(methods, family="a", measure="reciprocal_rank"):
+    """A table of ``{method: values}``; a method did not run on a prompt where that is None."""
+    rows = [
+        (family, case, method, "", measure, value)
+        for method, values in methods.items()
+        for case, value in enumerate(values)
+        if value is not None
+    ]
+    columns = ["family", "case", "method", "replacement", "measure", "value"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def test_a_method_that_is_ahead_on_every_pair_wins_however_much_pairs_differ():
+    hard = np.linspace(0, 0.8, 20)
+    table = marks({"first": hard + 0.1, "second": hard, "third": hard / 2})
+    best = best_by_interval(table, "reciprocal_rank")
+    assert best.method == "first" and best.wins and best.alike == []
+    assert best.leads.index.tolist() == ["second", "third"]  # the smallest lead first
+    assert best.leads.loc["second", ["mean", "low", "high"]].tolist() == pytest.approx([0.1] * 3)
+    assert best.leads.loc["second", "pairs"] == 10
+    spread = by_method(table, "reciprocal_rank").loc["first"]
+    assert spread["high"] - spread["low"] > 0.2  # though its own interval is wide
+
+
+def test_methods_that_cannot_be_told_apart_are_named():
+    lead = np.tile([0.3, 0.3, -0.2, -0.2], 5)
+    table = marks({"first": 0.5 + lead, "second": [0.5] * 20, "third": [0.1] * 20})
+    best = best_by_interval(table, "reciprocal_rank")
+    assert best.method == "first" and not best.wins and best.alike == ["second"]
+
+
+def test_a_lead_is_over_the_pairs_that_both_methods_ran_on():
+    """The subset's method has the largest mean, on the easy prompts alone, and is worse there."""
+    easy, hard = [0.9] * 12, [0.1] * 12
+    table = marks({"all": easy + hard, "subset": [0.8] * 12 + [None] * 12, "bad": [0.0] * 24})
+    assert by_method(table, "reciprocal_rank").index[0] == "subset"
+    best = best_by_interval(table, "reciprocal_rank")
+    assert best.method == "all" and best.wins
+    assert best.leads.loc["subset", "mean"] == pytest.approx(0.1)
+    assert best.leads["pairs"].to_dict() == {"subset": 6, "bad": 12}
+
+
+def test_a_better_method_of_a_subset_keeps_the_other_from_winning():
+    table = marks({"all": [0.5] * 24, "subset": [0.9] * 12 + [None] * 12})
+    best = best_by_interval(table, "reciprocal_rank")
+    assert best.method == "all" and best.alike == ["subset"]
+    assert best.leads.loc["subset", "high"] < 0
+
+
+def test_a_few_pairs_name_no_winner():
+    """Five pairs that all point one way are no interval; six are."""
+    for pairs, wins in ((5, False), (6, True)):
+        table = marks({"first": [0.9] * 2 * pairs, "second": [0.2] * 2 * pairs})
+        best = best_by_interval(table, "reciprocal_rank")
+        assert best.wins == wins and best.leads["low"].isna().all() == (not wins)
+
+
+def test_equal_methods_win_as_seldom_as_the_interval_says():
+    """Two hundred tables of four methods that are alike: at most a few have a winner."""
+    draw, won = np.random.default_rng(0), 0
+    for _ in range(200):
+        values = draw.normal(size=(4, 30)).repeat(2, axis=1)
+        table = marks({f"method {i}": some for i, some in enumerate(values)})
+        won += best_by_interval(table, "reciprocal_rank").wins
+    assert won <= 15
+
+
+def test_a_measure_that_is_not_there_names_no_best_method():
+    with pytest.raises(InputError, match="no gap"):
+        best_by_interval(marks({"one": [1.0] * 4}), "gap")
+
+
+def test_the_best_method_of_categories_that_the_table_lacks():
+    """As the kept table is read: its columns are categories, of which a part may be empty."""
+    table = marks({"one": [1.0] * 12, "two": [0.0] * 12, "left out": [None]})
+    table["method"] = pd.Categorical(table["method"], ["left out", "one", "two"])
+    table["family"] = pd.Categorical(table["family"], ["a", "b"])
+    best = best_by_interval(table, "reciprocal_rank", family="a", replacement="")
+    assert best.method == "one" and best.leads.index.tolist() == ["two"]
