@@ -12,9 +12,9 @@ RELEVANCE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def shapley_options(units: int, rows: int) -> dict[str, Any]:
-    """Orders that take about ``rows``; on prompts of at most ``EXACT`` units, all subsets."""
-    if units <= EXACT:
+def shapley_options(units: int, rows: int, exact: int = EXACT) -> dict[str, Any]:
+    """Orders that take about ``rows``; on prompts of at most ``exact`` units, all subsets."""
+    if units <= exact:
         rows = 2**units - 1
     orders = -(-(rows - 1) // max(1, units - 1))  # each is units - 1 rows, beside the empty one
     return {"permutations": max(4, orders + orders % 2)}

@@ -29,6 +29,7 @@ import pandas as pd
 import torch
 import typer
 from captum.attr import IntegratedGradients
+from matplotlib.ticker import NullFormatter
 from tqdm import tqdm
 
 from helpers import METHODS, Attribution, InputError, ask, attribute, load_model
@@ -85,8 +86,9 @@ GUIDE, CAPTUM = "guide's IG norm", "Captum's IG"
 IG = "integrated_gradients"
 COSTLY = (IG, GUIDE, CAPTUM)
 GRADIENTS = 513  # that integrated gradients may spend; a few prompts ask for more
-ROWS, FEWER_ROWS = 128, 48  # of Shapley values of tokens and of sentences, where not all are run
-BANZHAF = 40  # rows
+SHAPLEY, FEWER_SHAPLEY = 128, 24  # rows on prompts of short families, and of longer ones
+BANZHAF, FEWER_BANZHAF = 40, 16
+MARKED_ONLY = ("long_fact",)  # 200 tokens: erasing there would take as long as the short families
 STEPS = 6  # in which the units of a prompt of more than EXACT go
 BEGINNING = "Read this: "
 REPLACEMENTS = ("mean", "eos", "neighbour")  # of erased units
@@ -134,13 +136,17 @@ RIVALS = {
 }
 
 
-def runs(units: int, rows: int = ROWS) -> dict[str, tuple[str, dict[str, Any]]]:
-    """``{name: (method, options)}`` of every method and variant, for a prompt of so many units."""
-    options = {IG: {"max_evaluations": GRADIENTS}, "shapley": shapley_options(units, rows)}
+def runs(units: int, short: bool = True) -> dict[str, tuple[str, dict[str, Any]]]:
+    """``{name: (method, options)}`` of every method and variant, for a prompt of so many units.
+
+    Where it is not ``short`` a row is dear, and fewer are run.
+    """
+    rows, exact, drawn = (SHAPLEY, EXACT, BANZHAF) if short else (FEWER_SHAPLEY, 0, FEWER_BANZHAF)
+    options = {IG: {"max_evaluations": GRADIENTS}, "shapley": shapley_options(units, rows, exact)}
     return (
         {name: (name, options.get(name, {})) for name in METHODS}
         | {"attention_rollout, no sink": ("attention_rollout", {"sink": False})}
-        | {"Banzhaf": ("coalitions", {"keep": 0.5, "rows": max(BANZHAF, 2 * units + 1)})}
+        | {"Banzhaf": ("coalitions", {"keep": 0.5, "rows": max(drawn, 2 * units + 1)})}
         | RELEVANCE
     )
 
@@ -154,13 +160,12 @@ def refusals(model: Any) -> dict[str, str]:
 
 
 def everyone(
-    model: Any, question: Any, seed: int, costly: bool
+    model: Any, question: Any, seed: int, short: bool, costly: bool
 ) -> tuple[dict[str, Attribution], list[str]]:
     """``{name: Attribution}`` of who fits the model, and who refused this very prompt."""
     found, refused = {}, []
     out = set(refusals(model)) | (set() if costly else set(COSTLY))
-    rows = ROWS if question.grouping == "tokens" else FEWER_ROWS
-    for name, (method, options) in runs(len(question.units), rows).items():
+    for name, (method, options) in runs(len(question.units), short).items():
         if name in out:
             continue
         seeded = {"seed": seed} if name == "random" else {}
@@ -187,11 +192,13 @@ def measure(case: Case, number: int) -> tuple[int, int, list[tuple]]:
     way = {"units": UNITS.get(case.family)}
     question = ask(model, tokenizer, **case.asked(tokenizer, **way))
     other = ask(model, tokenizer, **case.asked(tokenizer, counterfactual=True, **way))
-    more = case.family in FAMILIES and number < SUBSET
-    results, refused = everyone(model, question, seed=number, costly=more)
+    short = case.family in FAMILIES
+    more = short and number < SUBSET
+    results, refused = everyone(model, question, number, short, costly=more)
     rows = [(name, "", "refused", 1.0) for name in refused]
     rows += [*ground_truth(question, other, results), *costs(results)]
-    rows += erasing(model, question, results, REPLACEMENTS if more else ("mean",))
+    if case.family not in MARKED_ONLY:
+        rows += erasing(model, question, results, REPLACEMENTS if more else ("mean",))
     if more:
         for experiment in (
             causes(model, question, other, results),
@@ -254,10 +261,10 @@ def causes(model, question, other, results):
         yield name, "", "causal_top1", float(scores.argmax() == causal.argmax())
 
 
-def shorter(units, results):
-    """``{name: options}`` of the methods that ran, cut short: they are run many times here."""
-    cut = {IG: {"max_evaluations": 33}, "shapley": {"permutations": 4}}
-    return {name: cut.get(name, {}) for name in METHODS if name in results}
+def shorter(results):
+    """``{name: options}`` of the methods that ran, to be run many times: without the costliest."""
+    cut = {"shapley": {"permutations": 4}}
+    return {name: cut.get(name, {}) for name in METHODS if name in results and name not in COSTLY}
 
 
 def stability(model, tokenizer, case, question, results):
@@ -267,7 +274,7 @@ def stability(model, tokenizer, case, question, results):
     seq = len(question.units)
     same = longer.input_ids[0, -seq:] == question.input_ids[0]  # the first has no space before it
     shared = int(same.flip(0).long().cumprod(0).sum())
-    for name, options in shorter(seq, results).items():
+    for name, options in shorter(results).items():
         if name == "random":
             continue  # stable or not as its seed is
         scores = attribute(model, question, name, **options).scores
@@ -283,7 +290,7 @@ def stability(model, tokenizer, case, question, results):
 
 def notices(model, question, results):
     """Rank correlation of the scores with themselves after layers are re-initialised."""
-    methods = shorter(len(question.units), results)
+    methods = shorter(results)
 
     def sizes():
         return {
@@ -364,8 +371,8 @@ def chosen(split: str, per_family: int | None = None) -> dict[str, Chosen]:
 def part_of(job: Job) -> Path:
     """The file that keeps what was measured on one prompt; another prompt has another file."""
     methods = [(name, str(inspect.signature(METHODS[name].run))) for name in sorted(METHODS)]
-    options = [runs(units, rows) for units in (EXACT, 4 * EXACT) for rows in (ROWS, FEWER_ROWS)]
-    facts = repr((job, methods, options, UNITS, SUBSET, STEPS))
+    options = [runs(units, short) for units in (EXACT, 4 * EXACT) for short in (True, False)]
+    facts = repr((job, methods, options, UNITS, SUBSET, STEPS, MARKED_ONLY))
     digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
     return KEPT / f"{job.split}-{job.family}-{job.number:03d}-{digest}.parquet"
 
@@ -546,17 +553,18 @@ def about_prompts(found):
     chance = found[found["measure"] == "chance_reciprocal_rank"]["value"].mean()
     return (
         f"{len(each)} prompts of the {found['split'].iloc[0]} half, {each['tokens'].min()} to "
-        f"{each['tokens'].max()} tokens, each with one word that decides between two answers; each "
-        f"token, sentence (`chat`, `long_fact`) or passage (`passages`) has a score. Means "
+        f"{each['tokens'].max()} tokens, each with one word that decides between two answers; a "
+        "score is a token's, a sentence's (`chat`, `long_fact`) or a passage's (`passages`). Means "
         "with 95 % bootstrap intervals over minimal pairs. A random order has the evidence at a "
-        f"reciprocal rank of {chance:.2f} on average, and insertion minus deletion of 0. The best "
-        f"order was searched on the {searched} prompts of at most {EXACT} units; there and nowhere "
-        f"else Shapley values are of all subsets; of tokens they are else of about {ROWS} rows, of "
-        f"sentences of {FEWER_ROWS}. Erased units become the mean embedding, in {STEPS} steps "
-        f"where there are more than {EXACT}. Integrated gradients "
-        f"(to 2 % or {GRADIENTS} gradients), the guide's and Captum's ran on the first {SUBSET} "
-        "prompts of each short family alone, so their means are not to be compared with those of "
-        "others: a lead is over the prompts that both methods ran on."
+        f"reciprocal rank of {chance:.2f} on average, and insertion minus deletion at 0. Erased "
+        f"units become the mean embedding, in {STEPS} steps where there are more than {EXACT}; in "
+        f"`{', '.join(MARKED_ONLY)}`, the longest, nothing is erased. The best order was searched "
+        f"on the {searched} prompts of at most {EXACT} units. Shapley values are of all subsets on "
+        f"short sentences of at most {EXACT} tokens, on others of about {SHAPLEY} rows, and on "
+        f"longer texts of {FEWER_SHAPLEY}, or four orders. Integrated gradients (to 2 % or "
+        f"{GRADIENTS} gradients), the guide's and Captum's ran on the first {SUBSET} prompts of "
+        "each short family alone, so their means are not to be compared with those of others: a "
+        "lead is over the prompts that both methods ran on."
     )
 
 
@@ -619,7 +627,7 @@ def summary(found: pd.DataFrame) -> str:
         _grid(best, ranks),
         "Rank correlation of scores with themselves: layers re-initialised from the top, and runs "
         "that should not matter (half precision, other words before the prompt, another seed). "
-        "Integrated gradients have 33 gradients here, Shapley values 4 orders.",
+        "Integrated gradients take too long for this; Shapley values have 4 orders here.",
         _grid([name for name in METHODS if name in best], changed),
     ]
     return "\n\n".join(text)
@@ -689,10 +697,11 @@ def draw(found):
     dots(axes[2], by_method(found, "share", replacement="mean").reindex(order), "o")
     axes[2].axvline(0, color="0.3", linestyle=":")
     axes[2].axvline(1, color="0.3", linestyle="--")
-    axes[2].set(xlabel=f"of what the best order has, at most {EXACT} units")
+    axes[2].set(xlabel=f"prompts of at most {EXACT} units")
     cost = 2 * by_method(found, "evaluations")["mean"] + by_method(found, "forwards")["mean"]
     axes[3].barh(range(len(order)), cost[order], color="0.6")
-    axes[3].set(xscale="log", xlabel="rows through the model; a gradient counts twice")
+    axes[3].set(xscale="log", xlabel="rows run; a gradient counts twice")
+    axes[3].xaxis.set_minor_formatter(NullFormatter())
     titles = ("Finds the word", "Erasing bears it out", "Share of the best order", "Cost")
     for ax, title in zip(axes, titles, strict=True):
         ax.set_title(title, fontsize=10)

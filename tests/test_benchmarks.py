@@ -208,8 +208,8 @@ def test_one_prompt_of_each_kind_is_measured_on_the_bundled_model(bundled, monke
         result = attribute(bundled[0], question, "occlusion")
         places = evidence_units(question, other)
         assert ranks["occlusion"] == reciprocal_rank(result.scores, places, result.signed)
-        exact = found[family].query("method == 'shapley' and measure == 'forwards'")
-        assert exact["value"].item() == 2**units
+        rows_run = found[family].query("method == 'shapley' and measure == 'forwards'")
+        assert (rows_run["value"].item() == 2**units) == (family == "agreement")
 
 
 def test_a_short_prompt_gets_all_subsets_and_a_longer_one_about_the_rows_asked_for():
