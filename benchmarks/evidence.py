@@ -174,7 +174,7 @@ def everyone(
         except InputError as error:
             print(f"{name}: {error}", file=sys.stderr)
             refused.append(name)
-    for name in RIVALS.keys() - out:
+    for name in (name for name in RIVALS if name not in out):
         result = RIVALS[name](model, question)
         found[name] = replace(result, scores=result.scores.cpu(), method=name)
     return found, refused
