@@ -75,13 +75,13 @@ ROOT = Path(__file__).parents[1]
 OUTPUTS = ROOT / "outputs" / "evidence"
 KEPT = OUTPUTS / "parts"
 FIGURE, README = ROOT / "docs" / "evidence.png", ROOT / "README.md"
-PROMPTS = dict.fromkeys(FAMILIES, 24) | dict.fromkeys(LONGER, 12)  # even: whole minimal pairs
+PROMPTS = dict.fromkeys(FAMILIES, 24) | dict.fromkeys(LONGER, 8)  # even: whole minimal pairs
 CANDIDATES = 4  # for each prompt that is wanted, so that a weak model comes to an end
 FEWEST = 4  # solved prompts of a family that are worth a mean
 UNITS = dict.fromkeys(("long_fact", "chat"), "sentences")  # else tokens, or passages
 # On the first prompts of each short family: the costliest methods, and the experiments beside marks
 # and erasing. They are most of the time as it is.
-SUBSET = 4
+SUBSET = 2
 GUIDE, CAPTUM = "guide's IG norm", "Captum's IG"
 IG = "integrated_gradients"
 COSTLY = (IG, GUIDE, CAPTUM)
@@ -429,7 +429,7 @@ def main(
         Path | None, typer.Option(help="Folder; outputs/evidence/<name of the model> by default.")
     ] = None,
     per_family: Annotated[
-        int | None, typer.Option(min=2, help="Prompts of each family; 24 and 12 by default.")
+        int | None, typer.Option(min=2, help="Prompts of each family; 24 and 8 by default.")
     ] = None,
     split: Annotated[str, typer.Option(help="tuning or reporting")] = "reporting",
     workers: Annotated[
@@ -510,12 +510,13 @@ def winner(found: pd.DataFrame, column: str, unit: str) -> str:
         return "This was measured on no prompt."
     best = best_by_interval(found, what, replacement=replacement)
     own = f"`{best.method}`, {with_interval(some.loc[best.method])} {unit}"
-    if best.wins:
-        name = best.leads.index[0]
-        return f"{own}, is ahead of every other method, of `{name}` by {_lead(best, name)}."
     few = best.leads["low"].isna()
     if few.all():
         return f"{own}, is first, but on too few prompts to name a winner."
+    if set(best.alike) == set(few.index[few]):
+        name = best.leads.index[~few][0]
+        left = "".join(f" `{other}` ran on too few prompts to be compared." for other in best.alike)
+        return f"{own}, is ahead of every other method, of `{name}` by {_lead(best, name)}.{left}"
     names = "; ".join(f"`{name}` ({_lead(best, name)})" for name in best.alike)
     return f"No winner: {own}, is first, and its lead is not certain over {names}."
 

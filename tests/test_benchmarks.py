@@ -257,6 +257,8 @@ def test_the_verdict_names_the_winner_or_says_that_there_is_none():
         f"| {evidence.IG} | 12 |",
     ):
         assert part in page, (part, page)
+    seldom = measured(ahead | {evidence.IG: [0.3] * 20}, costly=[evidence.IG])
+    assert f"`{evidence.IG}` ran on too few prompts" in evidence.verdict(seldom, "", families, {})
     alike = {"relevance": [0.9, 0.9, 0.2, 0.2] * 4, "occlusion": [0.5] * 16}
     page = evidence.verdict(measured(alike), "a model", families, {})
     assert "No winner: `relevance`, 0.55" in page
@@ -307,7 +309,7 @@ def test_the_committed_table_covers_every_family_and_method():
     assert set(table["split"]) == {"reporting"}
     assert set(METHODS) | {evidence.GUIDE, evidence.CAPTUM} <= set(table["method"])
     prompts = table.groupby("family", observed=True)["case"].nunique()
-    assert set(FAMILIES) <= set(prompts.index) and prompts.sum() >= 180
+    assert set(FAMILIES) <= set(prompts.index) and prompts.sum() >= 170
 
 
 # --- precisions --------------------------------------------------------------------------------
