@@ -75,7 +75,7 @@ ROOT = Path(__file__).parents[1]
 OUTPUTS = ROOT / "outputs" / "evidence"
 KEPT = OUTPUTS / "parts"
 FIGURE, README = ROOT / "docs" / "evidence.png", ROOT / "README.md"
-PROMPTS = dict.fromkeys(FAMILIES, 24) | dict.fromkeys(LONGER, 8)  # even: whole minimal pairs
+PROMPTS = dict.fromkeys(FAMILIES, 24) | dict.fromkeys(LONGER, 8) | {"long_fact": 6}  # whole pairs
 CANDIDATES = 4  # for each prompt that is wanted, so that a weak model comes to an end
 FEWEST = 4  # solved prompts of a family that are worth a mean
 UNITS = dict.fromkeys(("long_fact", "chat"), "sentences")  # else tokens, or passages
@@ -86,10 +86,10 @@ GUIDE, CAPTUM = "guide's IG norm", "Captum's IG"
 IG = "integrated_gradients"
 COSTLY = (IG, GUIDE, CAPTUM)
 GRADIENTS = 513  # that integrated gradients may spend; a few prompts ask for more
-SHAPLEY, FEWER_SHAPLEY = 128, 24  # rows on prompts of short families, and of longer ones
+SHAPLEY, FEWER_SHAPLEY = 96, 24  # rows on prompts of short families, and of longer ones
 BANZHAF, FEWER_BANZHAF = 40, 16
 MARKED_ONLY = ("long_fact",)  # 200 tokens: erasing there would take as long as the short families
-STEPS = 6  # in which the units of a prompt of more than EXACT go
+STEPS = 4  # in which the units of a prompt of more than EXACT go
 BEGINNING = "Read this: "
 REPLACEMENTS = ("mean", "eos", "neighbour")  # of erased units
 
@@ -429,7 +429,7 @@ def main(
         Path | None, typer.Option(help="Folder; outputs/evidence/<name of the model> by default.")
     ] = None,
     per_family: Annotated[
-        int | None, typer.Option(min=2, help="Prompts of each family; 24 and 8 by default.")
+        int | None, typer.Option(min=2, help="Prompts of each family; 24, 8 or 6 by default.")
     ] = None,
     split: Annotated[str, typer.Option(help="tuning or reporting")] = "reporting",
     workers: Annotated[
