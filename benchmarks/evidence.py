@@ -683,7 +683,7 @@ def draw(found):
     chance = found[found["measure"] == "chance_reciprocal_rank"]["value"].mean()
     dots(axes[0], ranks.loc[order], "o")
     axes[0].axvline(chance, color="0.3", linestyle=":")
-    axes[0].set(xlabel="reciprocal rank of the word that decides", xlim=(0, 1))
+    axes[0].set(xlabel="reciprocal rank of the word that decides", xlim=(0, 1.03))
     part = ranks["prompts"] < ranks["prompts"].max()
     labels = [f"{name} *" if part[name] else name for name in order]
     axes[0].set_yticks(range(len(order)), labels)
