@@ -89,7 +89,7 @@ GRADIENTS = 513  # that integrated gradients may spend; a few prompts ask for mo
 SHAPLEY, FEWER_SHAPLEY = 96, 24  # rows on prompts of short families, and of longer ones
 BANZHAF, FEWER_BANZHAF = 40, 16
 MARKED_ONLY = ("long_fact",)  # 200 tokens: erasing there would take as long as the short families
-STEPS = 4  # in which the units of a prompt of more than EXACT go
+STEPS = 4  # in which the units of a longer prompt go, where there are more than EXACT
 BEGINNING = "Read this: "
 REPLACEMENTS = ("mean", "eos", "neighbour")  # of erased units
 
@@ -142,11 +142,14 @@ def runs(units: int, short: bool = True) -> dict[str, tuple[str, dict[str, Any]]
     Where it is not ``short`` a row is dear, and fewer are run.
     """
     rows, exact, drawn = (SHAPLEY, EXACT, BANZHAF) if short else (FEWER_SHAPLEY, 0, FEWER_BANZHAF)
-    options = {IG: {"max_evaluations": GRADIENTS}, "shapley": shapley_options(units, rows, exact)}
+    options = {
+        IG: {"max_evaluations": GRADIENTS},
+        "shapley": shapley_options(units, rows, exact),
+        "coalitions": {"rows": max(drawn, 2 * units + 1)},
+    }
     return (
         {name: (name, options.get(name, {})) for name in METHODS}
         | {"attention_rollout, no sink": ("attention_rollout", {"sink": False})}
-        | {"Banzhaf": ("coalitions", {"keep": 0.5, "rows": max(drawn, 2 * units + 1)})}
         | RELEVANCE
     )
 
@@ -198,7 +201,8 @@ def measure(case: Case, number: int) -> tuple[int, int, list[tuple]]:
     rows = [(name, "", "refused", 1.0) for name in refused]
     rows += [*ground_truth(question, other, results), *costs(results)]
     if case.family not in MARKED_ONLY:
-        rows += erasing(model, question, results, REPLACEMENTS if more else ("mean",))
+        erased = REPLACEMENTS if more else ("mean",)
+        rows += erasing(model, question, results, erased, None if short else STEPS)
     if more:
         for experiment in (
             causes(model, question, other, results),
@@ -234,7 +238,7 @@ def costs(results):
             yield name, "", "closed", float(result.closed)
 
 
-def erasing(model, question, results, replacements):
+def erasing(model, question, results, replacements, steps):
     """What erasing says of each order, and its share of the best one where units are few."""
     orders = {name: importance_order(result) for name, result in results.items()}
     for replacement in replacements:
@@ -243,7 +247,7 @@ def erasing(model, question, results, replacements):
             values = [limit.faithfulness(order) for order in orders.values()]
         else:
             every = torch.stack(list(orders.values()))
-            curves = erasure_curves(model, question, every, replacement, STEPS)
+            curves = erasure_curves(model, question, every, replacement, steps)
             values = erasure_measures(curves)["faithfulness"].tolist()
         for name, value in zip(orders, values, strict=True):
             yield name, replacement, "faithfulness", value
@@ -558,13 +562,15 @@ def about_prompts(found):
         "score is a token's, a sentence's (`chat`, `long_fact`) or a passage's (`passages`). Means "
         "with 95 % bootstrap intervals over minimal pairs. A random order has the evidence at a "
         f"reciprocal rank of {chance:.2f} on average, and insertion minus deletion at 0. Erased "
-        f"units become the mean embedding, in {STEPS} steps where there are more than {EXACT}; in "
-        f"`{', '.join(MARKED_ONLY)}`, the longest, nothing is erased. The best order was searched "
-        f"on the {searched} prompts of at most {EXACT} units. Shapley values are of all subsets on "
-        f"short sentences of at most {EXACT} tokens, on others of about {SHAPLEY} rows, and on "
-        f"longer texts of {FEWER_SHAPLEY}, or four orders. Integrated gradients (to 2 % or "
-        f"{GRADIENTS} gradients), the guide's and Captum's ran on the first {SUBSET} prompts of "
-        "each short family alone, so their means are not to be compared with those of others: a "
+        f"units become the mean embedding, one by one, or in {STEPS} steps where a longer prompt "
+        f"has more than {EXACT}; in `{', '.join(MARKED_ONLY)}`, the longest, nothing is erased. "
+        f"The best order was searched on the {searched} prompts of at most {EXACT} units. Shapley "
+        f"values are of all subsets on short sentences of at most {EXACT} tokens, on others of "
+        f"about {SHAPLEY} rows, and on longer texts of {FEWER_SHAPLEY}, or four orders; those of "
+        f"`coalitions`, Banzhaf values, of {BANZHAF} and {FEWER_BANZHAF} rows. Integrated "
+        f"gradients (to 2 % or {GRADIENTS} gradients), the guide's and Captum's ran on the first "
+        f"{SUBSET} prompts of each short family alone, so their means are not to be compared with "
+        "those of others: a "
         "lead is over the prompts that both methods ran on."
     )
 

@@ -7,8 +7,8 @@ the others with ``EVERY_PROMPT=1``.
 
 import os
 
-import papermill
 import pandas as pd
+import papermill
 import pytest
 from llama3_rope import LLAMA3_ROPE
 
