@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 import typer
 from captum.attr import IntegratedGradients
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MultipleLocator, NullFormatter
 from tqdm import tqdm
 
 from helpers import METHODS, Attribution, InputError, ask, attribute, load_model
@@ -186,17 +186,18 @@ def everyone(
 # --- one prompt --------------------------------------------------------------------------------
 
 
-def measure(case: Case, number: int) -> tuple[int, int, list[tuple]]:
+def measure(case: Case, number: int, more: bool) -> tuple[int, int, list[tuple]]:
     """All that is measured on one prompt: ``(tokens, units, rows)``.
 
-    ``number`` is its place in its family; a row is ``(method, replacement, measure, value)``.
+    ``number`` is its place in its family, ``more`` whether the costliest methods and the
+    experiments beside marks and erasing are run on it, too. A row is ``(method, replacement,
+    measure, value)``.
     """
     model, tokenizer = WORKER["model"], WORKER["tokenizer"]
     way = {"units": UNITS.get(case.family)}
     question = ask(model, tokenizer, **case.asked(tokenizer, **way))
     other = ask(model, tokenizer, **case.asked(tokenizer, counterfactual=True, **way))
     short = case.family in FAMILIES
-    more = short and number < SUBSET
     results, refused = everyone(model, question, number, short, costly=more)
     rows = [(name, "", "refused", 1.0) for name in refused]
     rows += [*ground_truth(question, other, results), *costs(results)]
@@ -327,6 +328,7 @@ class Job(NamedTuple):
     family: str
     number: int
     case: Case
+    more: bool  # the costliest methods and experiments are run on it, too
 
 
 @dataclass(frozen=True)
@@ -376,13 +378,13 @@ def part_of(job: Job) -> Path:
     """The file that keeps what was measured on one prompt; another prompt has another file."""
     methods = [(name, str(inspect.signature(METHODS[name].run))) for name in sorted(METHODS)]
     options = [runs(units, short) for units in (EXACT, 4 * EXACT) for short in (True, False)]
-    facts = repr((job, methods, options, UNITS, SUBSET, STEPS, MARKED_ONLY))
+    facts = repr((job, methods, options, UNITS, STEPS, MARKED_ONLY))
     digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
     return KEPT / f"{job.split}-{job.family}-{job.number:03d}-{digest}.parquet"
 
 
 def run_one(job: Job) -> Path:
-    tokens, units, rows = measure(job.case, job.number)
+    tokens, units, rows = measure(job.case, job.number, job.more)
     frame = pd.DataFrame(rows, columns=["method", "replacement", "measure", "value"])
     where = {"split": job.split, "family": job.family, "case": job.number}
     where |= {"tokens": tokens, "units": units}
@@ -403,7 +405,7 @@ def write_whole(frame, path):
 def run_all(jobs: list[Job], model: str, workers: int) -> None:
     """Measure what has not been measured yet; costlier prompts first, so that none ends alone."""
     missing = [job for job in jobs if not part_of(job).exists()]
-    missing.sort(key=lambda job: (job.family in FAMILIES and job.number >= SUBSET, job.number))
+    missing.sort(key=lambda job: (job.family in FAMILIES and not job.more, job.number))
     print(f"{len(jobs)} prompts, {len(missing)} to do, {workers} at a time.", flush=True)
     if workers == 1:
         for job in tqdm(missing, disable=None):
@@ -435,6 +437,9 @@ def main(
     per_family: Annotated[
         int | None, typer.Option(min=2, help="Prompts of each family; 24, 8 or 6 by default.")
     ] = None,
+    subset: Annotated[
+        int, typer.Option(min=0, help="Prompts of each short family for the costliest methods.")
+    ] = SUBSET,
     split: Annotated[str, typer.Option(help="tuning or reporting")] = "reporting",
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; one a core by default.")
@@ -448,7 +453,7 @@ def main(
     refused = refusals(WORKER["model"])
     found = chosen(split, per_family)
     jobs = [
-        Job(weights, split, family, number, case)
+        Job(weights, split, family, number, case, family in FAMILIES and number < subset)
         for family, some in found.items()
         for number, case in enumerate(some.cases)
     ]
@@ -460,7 +465,7 @@ def main(
     (folder / "verdict.md").write_text(page + "\n", encoding="utf-8")
     save(draw(rows), folder / "evidence.png")
     print(f"{page}\n\nIn {folder}: verdict.md, evidence.parquet, evidence.png")
-    if model == BUNDLED and split == "reporting" and per_family is None:
+    if (model, split, per_family, subset) == (BUNDLED, "reporting", None, SUBSET):
         write_whole(rows, EVIDENCE)
         save(draw(rows), FIGURE)
         text = f"{workers} processes.\n\n{summary(rows)}"
@@ -501,9 +506,19 @@ MORE_COLUMNS = {
 }
 QUESTIONS = {
     "Who finds the word that decides?": (MARK, "mean reciprocal rank"),
+    "Who finds it for a pass or two?": (MARK, "mean reciprocal rank"),
     "Who predicts what erasing does?": (ERASING, "insertion minus deletion, nats"),
     "Who comes near the best order?": (SHARE, "share of the best order"),
 }
+
+
+def answers(found: pd.DataFrame) -> dict[str, str]:
+    """``{question: sentence}`` of all ``QUESTIONS``."""
+    said = {title: winner(found, *which) for title, which in QUESTIONS.items()}
+    counts = found.pivot_table("value", "method", "measure", "mean", observed=True)
+    few = counts.index[(counts["evaluations"] <= 1) & (counts["forwards"] <= 1)]
+    title = "Who finds it for a pass or two?"
+    return said | {title: winner(found[found["method"].isin(few)], *QUESTIONS[title])}
 
 
 def winner(found: pd.DataFrame, column: str, unit: str) -> str:
@@ -556,6 +571,7 @@ def about_prompts(found):
     each = found.groupby(["family", "case"], observed=True)[["tokens", "units"]].first()
     searched = found[found["measure"] == "share"].groupby(["family", "case"], observed=True).ngroups
     chance = found[found["measure"] == "chance_reciprocal_rank"]["value"].mean()
+    costly = found[found["method"].isin(COSTLY)].groupby(["family", "case"], observed=True).ngroups
     return (
         f"{len(each)} prompts of the {found['split'].iloc[0]} half, {each['tokens'].min()} to "
         f"{each['tokens'].max()} tokens, each with one word that decides between two answers; a "
@@ -568,10 +584,9 @@ def about_prompts(found):
         f"values are of all subsets on short sentences of at most {EXACT} tokens, on others of "
         f"about {SHAPLEY} rows, and on longer texts of {FEWER_SHAPLEY}, or four orders; those of "
         f"`coalitions`, Banzhaf values, of {BANZHAF} and {FEWER_BANZHAF} rows. Integrated "
-        f"gradients (to 2 % or {GRADIENTS} gradients), the guide's and Captum's ran on the first "
-        f"{SUBSET} prompts of each short family alone, so their means are not to be compared with "
-        "those of others: a "
-        "lead is over the prompts that both methods ran on."
+        f"gradients (to 2 % or {GRADIENTS} gradients), the guide's and Captum's ran on {costly} "
+        "prompts of the short families, the first of each, so their means are not to be compared "
+        "with those of others: a lead is over the prompts that both methods ran on."
     )
 
 
@@ -602,7 +617,7 @@ def verdict(found: pd.DataFrame, about: str, families: dict[str, Chosen], refuse
     ]
     text = [
         f"# Which method to believe: {about}",
-        *(f"**{title}** {winner(found, *which)}" for title, which in QUESTIONS.items()),
+        *(f"**{title}** {sentence}" for title, sentence in answers(found).items()),
         about_prompts(found),
         methods_table(found, COLUMNS),
         table(rows),
@@ -626,7 +641,7 @@ def summary(found: pd.DataFrame) -> str:
     changed = {measure: by_method(found, measure) for measure in measures}
     text = [
         about_prompts(found),
-        *(f"**{title}** {winner(found, *which)}" for title, which in QUESTIONS.items()),
+        *(f"**{title}** {sentence}" for title, sentence in answers(found).items()),
         methods_table(found, COLUMNS | MORE_COLUMNS),
         "Beware of the rank agreement with patching: in later layers every answer is at the last "
         "position, so knowing nothing but that (last token) agrees well.",
@@ -663,7 +678,7 @@ def readme(found: pd.DataFrame) -> str:
     return "\n\n".join(
         [
             methods_table(found, COLUMNS),
-            *(f"*{title}* {winner(found, *which)}" for title, which in QUESTIONS.items()),
+            *(f"*{title}* {sentence}" for title, sentence in answers(found).items()),
         ]
     )
 
@@ -700,11 +715,12 @@ def draw(found):
             dots(axes[1], some, marker, shift, label=f"erased: {erased}{star}")
     axes[1].axvline(0, color="0.3", linestyle=":")
     axes[1].set(xlabel="insertion minus deletion (nats)")
-    axes[1].legend(fontsize=8, loc="lower right")
+    axes[1].legend(fontsize=8, loc="upper left")
     dots(axes[2], by_method(found, "share", replacement="mean").reindex(order), "o")
     axes[2].axvline(0, color="0.3", linestyle=":")
     axes[2].axvline(1, color="0.3", linestyle="--")
     axes[2].set(xlabel=f"prompts of at most {EXACT} units")
+    axes[2].xaxis.set_major_locator(MultipleLocator(0.5))
     cost = 2 * by_method(found, "evaluations")["mean"] + by_method(found, "forwards")["mean"]
     axes[3].barh(range(len(order)), cost[order], color="0.6")
     axes[3].set(xscale="log", xlabel="rows run; a gradient counts twice")
@@ -718,7 +734,7 @@ def draw(found):
         label.set_fontstyle("italic" if rival else "normal")
     fig.supxlabel(
         "dotted: chance; dashed: the best order; in italics: rivals and controls; "
-        f"*: on the first {SUBSET} prompts of each short family alone",
+        "*: on the first prompts of each short family alone",
         fontsize=9,
     )
     return fig

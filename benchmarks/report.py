@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import math
 import platform
 import re
 import sys
@@ -47,9 +48,12 @@ def table(rows):
 
 
 def with_interval(row, prefix=""):
-    """The mean of a row of ``by_method`` with its interval; its columns may have a prefix."""
+    """The mean of a row of ``by_method`` with its interval; its columns may have a prefix.
+
+    Of a single pair of prompts there is a mean alone.
+    """
     mean, low, high = (row[f"{prefix}{part}"] for part in ("mean", "low", "high"))
-    return f"{mean:.2f} ({low:.2f} to {high:.2f})"
+    return f"{mean:.2f}" + ("" if math.isnan(low) else f" ({low:.2f} to {high:.2f})")
 
 
 def digest_of(name):

@@ -341,13 +341,16 @@ def by_method(
     Cases 2k and 2k + 1 of a family are one minimal pair, asked in both directions, and not
     independent of each other: the interval is over pairs, each with the mean of its two. ``only``
     keeps the rows whose columns have these values, such as ``replacement="mean"``. Columns
-    ``mean``, ``low``, ``high``, ``prompts``; sorted, the largest mean first.
+    ``mean``, ``low``, ``high``, ``prompts``; sorted, the largest mean first. A single pair has no
+    interval: ``low`` and ``high`` are then nan.
     """
     some = _rows_of(table, measure, family, only)
     rows = {}
     for method, found in some.groupby("method", observed=True):
         pairs = found.groupby([found["family"], found["case"] // 2], observed=True)["value"].mean()
-        rows[method] = (*bootstrap_interval(pairs), len(found))
+        mean, low, high = bootstrap_interval(pairs)
+        band = (low, high) if len(pairs) > 1 else (math.nan, math.nan)
+        rows[method] = (mean, *band, len(found))
     frame = pd.DataFrame.from_dict(rows, "index", columns=["mean", "low", "high", "prompts"])
     return frame.sort_values("mean", ascending=False)
 

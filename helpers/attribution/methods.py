@@ -26,6 +26,7 @@ from helpers.attribution.result import Attribution
 from helpers.errors import InputError
 
 BUDGET = 30_000  # tokens x gradients that a report lets one method spend on one prompt
+DEFAULT = "find_then_rank"  # where no method is named: it finds the word and predicts erasure
 ENTRY_POINT = "llama_notebooks.methods"
 ERASED = 0.85  # of a row is run where some units are erased at random
 
