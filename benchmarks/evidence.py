@@ -715,7 +715,9 @@ def draw(found):
             dots(axes[1], some, marker, shift, label=f"erased: {erased}{star}")
     axes[1].axvline(0, color="0.3", linestyle=":")
     axes[1].set(xlabel="insertion minus deletion (nats)")
-    axes[1].legend(fontsize=8, loc="upper left")
+    handles, told = axes[1].get_legend_handles_labels()
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.09), "frameon": False}
+    axes[1].legend(handles, told, ncols=3, fontsize=8, columnspacing=1, handletextpad=0.2, **below)
     dots(axes[2], by_method(found, "share", replacement="mean").reindex(order), "o")
     axes[2].axvline(0, color="0.3", linestyle=":")
     axes[2].axvline(1, color="0.3", linestyle="--")
