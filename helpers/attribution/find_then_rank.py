@@ -91,7 +91,7 @@ def two_stages(
 
     Where neither slope nor removal speaks for any unit, all are of the second stage.
 
-    Introduced in notebooks/10_faithfulness.ipynb.
+    notebooks/10_faithfulness.ipynb takes it apart.
     """
     pointed = _unit_length(slope) + _unit_length(removal)
     share = pointed / pointed.max().clamp_min(1e-12)

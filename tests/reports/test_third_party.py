@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from helpers import METHODS
 from llama_reports.jobs import finished, plan
 
 MODULE = '''
@@ -90,7 +91,7 @@ def test_a_method_of_another_package_is_among_the_methods(theirs, tiny_folder, t
     done = run(theirs, "-c", ASKED, tiny_folder)
     assert done.returncode == 0, done.stderr
     names, scores, forwards, signed = json.loads(done.stdout)
-    assert names[-1] == "length" and len(names) == 11
+    assert names[-1] == "length" and len(names) == len(METHODS) + 1
     assert (forwards, signed) == (10, False)
     model, tokenizer = tiny
     ids = tokenizer("Riga is in", return_tensors="pt")["input_ids"]
@@ -128,7 +129,7 @@ def test_a_method_of_another_package_is_in_a_report(theirs, tiny_folder, quick_n
     done = run(theirs, *command, "--notebook", notebook)
     assert done.returncode == 0 and "1 of 1 reports done" in done.stdout, done.stderr
     found = pd.read_csv(tmp_path / "out" / "one" / "scores.csv")
-    assert "length" in set(found["method"]) and len(set(found["method"])) == 11
+    assert "length" in set(found["method"]) and len(set(found["method"])) == len(METHODS) + 1
     together = pd.read_parquet(tmp_path / "out" / "scores.parquet")
     assert "length" in set(together["method"].astype(str))
     (job,) = plan(prompts, model=str(tiny_folder), notebook=notebook)
