@@ -196,7 +196,7 @@ def test_a_report_has_the_same_numbers(reports, tiny_folder, hostile, tmp_path):
         ]
         pd.testing.assert_frame_equal(*both, check_dtype=False)
     left_out = read(tmp_path, "prompts").set_index("id")["left_out"]
-    assert list(left_out[jobs["hostile"].identity]) == ["shapley"]
+    assert list(left_out[jobs["hostile"].identity]) == ["shapley", "coalitions"]
 
 
 def test_a_method_that_the_budget_is_too_small_for_is_told(tiny_folder, tmp_path):
