@@ -504,9 +504,10 @@ MORE_COLUMNS = {
     "names the token that patching finds": ("causal_top1", ""),
     "rank agreement with patching": ("causal_rank_correlation", ""),
 }
+PASSES = "Who finds it for a pass or two?"
 QUESTIONS = {
     "Who finds the word that decides?": (MARK, "mean reciprocal rank"),
-    "Who finds it for a pass or two?": (MARK, "mean reciprocal rank"),
+    PASSES: (MARK, "mean reciprocal rank"),
     "Who predicts what erasing does?": (ERASING, "insertion minus deletion, nats"),
     "Who comes near the best order?": (SHARE, "share of the best order"),
 }
@@ -514,11 +515,10 @@ QUESTIONS = {
 
 def answers(found: pd.DataFrame) -> dict[str, str]:
     """``{question: sentence}`` of all ``QUESTIONS``."""
-    said = {title: winner(found, *which) for title, which in QUESTIONS.items()}
     counts = found.pivot_table("value", "method", "measure", "mean", observed=True)
     few = counts.index[(counts["evaluations"] <= 1) & (counts["forwards"] <= 1)]
-    title = "Who finds it for a pass or two?"
-    return said | {title: winner(found[found["method"].isin(few)], *QUESTIONS[title])}
+    only = {PASSES: found[found["method"].isin(few)]}
+    return {title: winner(only.get(title, found), *which) for title, which in QUESTIONS.items()}
 
 
 def winner(found: pd.DataFrame, column: str, unit: str) -> str:

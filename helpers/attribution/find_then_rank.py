@@ -42,9 +42,10 @@ def find_then_rank(
     if not 0 < cut <= 1:
         raise InputError(f"The cut is a share above 0 and at most 1 of the largest sum, not {cut}.")
     without = [~torch.eye(len(units), dtype=torch.bool) for units in asked.units]
+    most = [most_rows(len(some)) if rows is None else rows for some in without]
     kept = [
-        draw_coalitions(len(some), KEEP, rows or most_rows(len(some)), seed, first=some)
-        for some in without
+        draw_coalitions(len(some), KEEP, count, seed, first=some)
+        for some, count in zip(without, most, strict=True)
     ]
     slopes = relevance(asked)
     whole, values = coalition_values(asked, kept)

@@ -79,6 +79,7 @@ def test_a_cut_that_is_no_share_is_refused(tiny, cut):
         attribute(tiny[0], ask(*tiny, PROMPT), "find_then_rank", cut=cut)
 
 
-def test_too_few_rows_are_refused(tiny):
-    with pytest.raises(InputError, match="10 units need at least 11 rows, not 10"):
-        attribute(tiny[0], ask(*tiny, PROMPT), "find_then_rank", rows=10)
+@pytest.mark.parametrize("rows", [0, 10])
+def test_too_few_rows_are_refused(tiny, rows):
+    with pytest.raises(InputError, match=f"10 units need at least 11 rows, not {rows}"):
+        attribute(tiny[0], ask(*tiny, PROMPT), "find_then_rank", rows=rows)
