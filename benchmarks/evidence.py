@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -50,7 +51,7 @@ from helpers.faithfulness import (
     erasure_limit,
     erasure_measures,
     importance_order,
-    randomised,
+    randomisation,
     rank_correlation,
 )
 from helpers.ground_truth import (
@@ -68,20 +69,20 @@ from helpers.models import BUNDLED, public_name, weights_digest
 from helpers.patching import causal_scores, patch_positions
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
-from compared import EXACT, RELEVANCE, shapley_options
+from compared import RELEVANCE
 from report import command, digest_of, keep, table, with_interval
 
 ROOT = Path(__file__).parents[1]
 OUTPUTS = ROOT / "outputs" / "evidence"
 KEPT = OUTPUTS / "parts"
 FIGURE, README = ROOT / "docs" / "evidence.png", ROOT / "README.md"
-PROMPTS = dict.fromkeys(FAMILIES, 24) | dict.fromkeys(LONGER, 8) | {"long_fact": 6}  # whole pairs
+PROMPTS = dict.fromkeys(FAMILIES, 22) | dict.fromkeys(LONGER, 6) | {"long_fact": 4}  # whole pairs
 CANDIDATES = 4  # for each prompt that is wanted, so that a weak model comes to an end
 FEWEST = 4  # solved prompts of a family that are worth a mean
 UNITS = dict.fromkeys(("long_fact", "chat"), "sentences")  # else tokens, or passages
-# On the first prompts of each short family: the costliest methods, and the experiments beside marks
-# and erasing. They are most of the time as it is.
+# On the first prompts of each short family: the costliest methods, patching, and all replacements.
 SUBSET = 2
+REPEATED = 1  # of these prompts are asked again and again, to see what scores depend on
 GUIDE, CAPTUM = "guide's IG norm", "Captum's IG"
 IG = "integrated_gradients"
 COSTLY = (IG, GUIDE, CAPTUM)
@@ -89,6 +90,7 @@ GRADIENTS = 513  # that integrated gradients may spend; a few prompts ask for mo
 SHAPLEY, FEWER_SHAPLEY = 96, 24  # rows on prompts of short families, and of longer ones
 BANZHAF, FEWER_BANZHAF = 40, 16
 MARKED_ONLY = ("long_fact",)  # 200 tokens: erasing there would take as long as the short families
+EXACT = 8  # units of which all subsets are run
 STEPS = 4  # in which the units of a longer prompt go, where there are more than EXACT
 BEGINNING = "Read this: "
 REPLACEMENTS = ("mean", "eos", "neighbour")  # of erased units
@@ -141,10 +143,11 @@ def runs(units: int, short: bool = True) -> dict[str, tuple[str, dict[str, Any]]
 
     Where it is not ``short`` a row is dear, and fewer are run.
     """
-    rows, exact, drawn = (SHAPLEY, EXACT, BANZHAF) if short else (FEWER_SHAPLEY, 0, FEWER_BANZHAF)
+    rows, drawn = (SHAPLEY, BANZHAF) if short else (FEWER_SHAPLEY, FEWER_BANZHAF)
+    orders = -(-(rows - 1) // max(1, units - 1))  # each is units - 1 rows, beside the empty one
     options = {
         IG: {"max_evaluations": GRADIENTS},
-        "shapley": shapley_options(units, rows, exact),
+        "shapley": {"permutations": max(4, orders + orders % 2)},
         "coalitions": {"rows": max(drawn, 2 * units + 1)},
     }
     return (
@@ -163,11 +166,10 @@ def refusals(model: Any) -> dict[str, str]:
 
 
 def everyone(
-    model: Any, question: Any, seed: int, short: bool, costly: bool
+    model: Any, question: Any, seed: int, short: bool, out: set[str]
 ) -> tuple[dict[str, Attribution], list[str]]:
-    """``{name: Attribution}`` of who fits the model, and who refused this very prompt."""
+    """``{name: Attribution}`` of all but ``out``, and who refused this very prompt."""
     found, refused = {}, []
-    out = set(refusals(model)) | (set() if costly else set(COSTLY))
     for name, (method, options) in runs(len(question.units), short).items():
         if name in out:
             continue
@@ -198,22 +200,34 @@ def measure(case: Case, number: int, more: bool) -> tuple[int, int, list[tuple]]
     question = ask(model, tokenizer, **case.asked(tokenizer, **way))
     other = ask(model, tokenizer, **case.asked(tokenizer, counterfactual=True, **way))
     short = case.family in FAMILIES
-    results, refused = everyone(model, question, number, short, costly=more)
+    out = set(refusals(model)) | (set() if more else set(COSTLY))
+    erased = () if case.family in MARKED_ONLY else REPLACEMENTS if more else ("mean",)
+    limits, given = {}, {}
+    if erased and len(question.units) <= EXACT:
+        started = time.perf_counter()
+        limits = {"mean": erasure_limit(model, question, "mean")}
+        seconds = time.perf_counter() - started
+        if short:  # the method takes sentences and passages out, and what is erased here stays
+            given["shapley"] = exact_shapley(question, limits["mean"], seconds)
+        limits |= {name: erasure_limit(model, question, name) for name in erased[1:]}
+    results, refused = everyone(model, question, number, short, out | set(given))
+    results |= given
     rows = [(name, "", "refused", 1.0) for name in refused]
     rows += [*ground_truth(question, other, results), *costs(results)]
-    if case.family not in MARKED_ONLY:
-        erased = REPLACEMENTS if more else ("mean",)
-        rows += erasing(model, question, results, erased, None if short else STEPS)
+    rows += erasing(model, question, results, erased, limits, None if short else STEPS)
+    experiments = []
     if more:
-        for experiment in (
-            causes(model, question, other, results),
+        experiments = [causes(model, question, other, results)]
+    if more and number < REPEATED:
+        experiments += [
             stability(model, tokenizer, case, question, results),
             notices(model, question, results),
-        ):
-            try:
-                rows += list(experiment)
-            except InputError as error:  # such as a pair that can hardly be told apart
-                print(f"{case.family} {number}: {error}", file=sys.stderr)
+        ]
+    for experiment in experiments:
+        try:
+            rows += list(experiment)
+        except InputError as error:  # such as a pair that can hardly be told apart
+            print(f"{case.family} {number}: {error}", file=sys.stderr)
     return question.input_ids.shape[1], len(question.units), rows
 
 
@@ -239,12 +253,22 @@ def costs(results):
             yield name, "", "closed", float(result.closed)
 
 
-def erasing(model, question, results, replacements, steps):
+def exact_shapley(question, limit, seconds):
+    """Shapley values from the subsets that the best order was searched in."""
+    return Attribution(
+        limit.shapley(),
+        question.units,
+        forwards=limit.forwards,
+        seconds=seconds,
+        method="shapley",
+    )
+
+
+def erasing(model, question, results, replacements, limits, steps):
     """What erasing says of each order, and its share of the best one where units are few."""
     orders = {name: importance_order(result) for name, result in results.items()}
     for replacement in replacements:
-        if len(question.units) <= EXACT:
-            limit = erasure_limit(model, question, replacement)
+        if limit := limits.get(replacement):
             values = [limit.faithfulness(order) for order in orders.values()]
         else:
             every = torch.stack(list(orders.values()))
@@ -252,7 +276,7 @@ def erasing(model, question, results, replacements, steps):
             values = erasure_measures(curves)["faithfulness"].tolist()
         for name, value in zip(orders, values, strict=True):
             yield name, replacement, "faithfulness", value
-            if len(question.units) <= EXACT and replacement == "mean":
+            if limit and replacement == "mean":
                 yield name, replacement, "share", limit.share(value)
 
 
@@ -268,7 +292,7 @@ def causes(model, question, other, results):
 
 def shorter(results):
     """``{name: options}`` of the methods that ran, to be run many times: without the costliest."""
-    cut = {"shapley": {"permutations": 4}}
+    cut = {"shapley": {"permutations": 4}, "coalitions": {"rows": BANZHAF}}
     return {name: cut.get(name, {}) for name in METHODS if name in results and name not in COSTLY}
 
 
@@ -295,18 +319,10 @@ def stability(model, tokenizer, case, question, results):
 
 def notices(model, question, results):
     """Rank correlation of the scores with themselves after layers are re-initialised."""
-    methods = shorter(results)
-
-    def sizes():
-        return {
-            name: attribute(model, question, name, **methods[name]).scores.abs() for name in methods
-        }
-
-    before = sizes()
-    for depth in depths(model):
-        with randomised(model, depth):
-            for name, scores in sizes().items():
-                yield name, "", f"randomised_{depth}", rank_correlation(before[name], scores)
+    changed = randomisation(model, question, shorter(results), depths(model))
+    for name, found in changed.items():
+        for depth, value in zip(depths(model), found, strict=True):
+            yield name, "", f"randomised_{depth}", value
 
 
 def depths(model):

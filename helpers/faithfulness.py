@@ -8,7 +8,7 @@ depend on the model at all. What is known from outside, which word must matter, 
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from helpers.architectures import stack_of
 from helpers.attribution import Attribution, asking, attribute
 from helpers.attribution.engine import working_precision
-from helpers.attribution.perturbation import all_subsets, coalition_values
+from helpers.attribution.perturbation import all_subsets, average_gains, coalition_values
 from helpers.errors import InputError
 from helpers.questions import Question
 
@@ -201,6 +201,16 @@ class Limit:
         """
         return faithfulness / self.best if self.best > 1e-6 else math.nan
 
+    def shapley(self) -> torch.Tensor:
+        """The units' Shapley values [units] in nats, exact, without another row.
+
+        A subset and the rest of the units count alike in them, with opposite signs: so half of
+        ``gains`` has the Shapley values of the objective.
+        """
+        half = self.gains[:, None] / 2
+        scores, _ = average_gains(all_subsets(len(self.order))[:-1], half[:-1], half[-1])
+        return scores[0].float()
+
 
 def erasure_limit(
     model: Any, question: Question, replacement: str | torch.Tensor | None = None
@@ -273,23 +283,29 @@ def randomised(model: Any, layers: int, seed: int = 0) -> Iterator[Any]:
 def randomisation(
     model: Any,
     question: Question,
-    method: str,
+    methods: Mapping[str, Mapping[str, Any]],
     depths: Sequence[int],
     seed: int = 0,
-    **options: Any,
-) -> list[float]:
-    """Rank correlation of a method's scores with themselves after layers are re-initialised.
+) -> dict[str, list[float]]:
+    """Rank correlation of methods' scores with themselves after layers are re-initialised.
 
-    For each number of layers in ``depths``, counted from the top: a float near 1 says that the
-    method did not notice. ``options`` are the method's. A list of floats, in the order of
+    ``methods`` is ``{name: options}``. For each number of layers in ``depths``, counted from the
+    top: a float near 1 says that the method did not notice. ``{name: floats}``, in the order of
     ``depths``.
     """
-    before = attribute(model, question, method, **options).scores.abs()
-    after = []
+
+    def sizes():
+        return {
+            name: attribute(model, question, name, **options).scores.abs()
+            for name, options in methods.items()
+        }
+
+    before = sizes()
+    after: dict[str, list[float]] = {name: [] for name in methods}
     for layers in depths:
         with randomised(model, layers, seed):
-            scores = attribute(model, question, method, **options).scores.abs()
-        after.append(rank_correlation(before, scores))
+            for name, scores in sizes().items():
+                after[name].append(rank_correlation(before[name], scores))
     return after
 
 

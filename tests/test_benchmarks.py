@@ -31,7 +31,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import attribution as benchmark  # noqa: E402
-import compared  # noqa: E402
 import evidence  # noqa: E402
 import ig_answers  # noqa: E402
 import precision  # noqa: E402
@@ -211,15 +210,14 @@ def test_one_prompt_of_each_kind_is_measured_on_the_bundled_model(bundled, monke
         places = evidence_units(question, other)
         assert ranks["occlusion"] == reciprocal_rank(result.scores, places, result.signed)
         rows_run = found[family].query("method == 'shapley' and measure == 'forwards'")
-        assert (rows_run["value"].item() == 2**units) == (family == "agreement")
+        assert (rows_run["value"].item() == 2**units + 1) == (family == "agreement")
 
 
-def test_a_short_prompt_gets_all_subsets_and_a_longer_one_about_the_rows_asked_for():
-    for units in range(1, 9):
-        assert shapley_rows(units, **compared.shapley_options(units, 4)) == 2**units - 1
+def test_shapley_gets_about_the_rows_asked_for():
     for units in (9, 20, 60):
-        rows = shapley_rows(units, **compared.shapley_options(units, 128))
-        assert max(128, 4 * (units - 1)) <= rows <= 128 + 4 * units
+        for short, asked in ((True, evidence.SHAPLEY), (False, evidence.FEWER_SHAPLEY)):
+            rows = shapley_rows(units, **evidence.runs(units, short)["shapley"][1])
+            assert max(asked, 4 * (units - 1)) <= rows <= asked + 4 * units
 
 
 def measured(marks, costly=(), measure="reciprocal_rank"):

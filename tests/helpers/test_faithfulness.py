@@ -199,6 +199,8 @@ def test_the_limit_is_the_best_of_all_orders(tiny, replacement, shape):
     known = [limit.faithfulness(order) for order in every]
     assert known == pytest.approx(all_of_them.tolist(), abs=1e-4)
     assert limit.forwards == 2**units + 1
+    scores = attribute(model, question, "shapley", replacement=replacement).scores
+    torch.testing.assert_close(limit.shapley(), scores, atol=1e-4, rtol=0)
 
 
 def test_on_a_linear_model_the_known_scores_reach_the_limit(linear, tiny):
@@ -244,8 +246,10 @@ def test_activations_keep_their_size():
 
 def test_a_method_that_looks_at_no_model_does_not_notice_and_one_that_does_does(tiny):
     question = ask(*tiny, "Riga is in Latvia, and ")
-    assert randomisation(tiny[0], question, "random", [0, 1, 2]) == pytest.approx([1] * 3)
-    nothing, both = randomisation(tiny[0], question, "gradient_x_input", [0, 2])
+    methods = {"random": {"seed": 3}, "gradient_x_input": {}}
+    found = randomisation(tiny[0], question, methods, [0, 1, 2])
+    assert found["random"] == pytest.approx([1] * 3)
+    nothing, _, both = found["gradient_x_input"]
     assert nothing == pytest.approx(1) and both < 0.9
 
 
