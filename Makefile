@@ -20,7 +20,7 @@ help:
 	@echo "make lab      JupyterLab on the notebooks"
 	@echo "make figures  every notebook's figures as PNG and SVG in outputs/figures"
 	@echo "make bench    speed and accuracy beside other libraries, over two hours; benchmarks/results.md"
-	@echo "make evidence which method to believe, over 174 prompts, 25 minutes; can be interrupted; of your"
+	@echo "make evidence which method to believe, over 154 prompts, 20 minutes; can be interrupted; of your"
 	@echo "              own model: make evidence MODEL=hub name, folder or .gguf; outputs/evidence"
 	@echo "make lint     ruff, codespell and mypy"
 	@echo "make execute  run every notebook in place, as they are committed"

@@ -21,7 +21,7 @@ import nbformat
 from playwright.sync_api import sync_playwright
 
 from llama_reports.gallery import write_index
-from llama_reports.pages import THUMBNAIL, report_page
+from llama_reports.pages import report_page
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
 from report import keep, table
@@ -54,26 +54,20 @@ def copies(sources, count, out):
     for i in range(count):
         source = sources[i % len(sources)]
         folder = out / f"{source.name[:60]}-{i:05}"
-        (folder / "figures").mkdir(parents=True)
+        folder.mkdir(parents=True)
         for name in NAMES:
             if (source / name).exists():
                 shutil.copyfile(source / name, folder / name)
-        figure = source / "figures" / "matrix_signed.png"
-        if figure.exists():
-            shutil.copyfile(figure, folder / "figures" / figure.name)
         facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         facts["prompt"] = f"{facts['prompt']} ({i})"
         (folder / "report.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
 def written(out):
-    """Seconds for the pages over ``out``: with all thumbnails missing, and with none missing."""
-    seconds = []
-    for _ in range(2):
-        started = time.perf_counter()
-        write_index(out)
-        seconds.append(time.perf_counter() - started)
-    return seconds
+    """Seconds for the pages over ``out``."""
+    started = time.perf_counter()
+    write_index(out)
+    return time.perf_counter() - started
 
 
 def shown(browser, index, rounds):
@@ -118,9 +112,8 @@ def main():
         for count in (FEW, asked.count):
             out = Path(work) / str(count)
             copies(sources, count, out)
-            cold, warm = written(out)
+            took = written(out)
             paint, load, sort, find, method = shown(browser, out / "index.html", ROUNDS)
-            thumbnails = [path.stat().st_size for path in out.glob(f"*/figures/{THUMBNAIL}")]
             rows.append(
                 {
                     "reports": f"{count:,}",
@@ -130,9 +123,7 @@ def main():
                     "text found, s": f"{find:.2f}",
                     "method chosen, s": f"{method:.2f}",
                     "page, MB": f"{(out / 'index.html').stat().st_size / 1e6:.2f}",
-                    "a thumbnail, kB": f"{median(thumbnails or [0]) / 1e3:.0f}",
-                    "pages written, s": f"{warm:.1f}",
-                    "and thumbnails, s": f"{cold:.1f}",
+                    "pages written, s": f"{took:.1f}",
                 }
             )
             print(rows[-1], flush=True)

@@ -16,6 +16,7 @@ from helpers.attribution.engine import TOKENS_PER_BATCH
 from helpers.attribution.methods import erasure_price
 from helpers.errors import InputError
 from helpers.models import public_name
+from helpers.summary import REPORTED, STRONGEST
 from llama_reports.costs import (
     MARGIN,
     Machine,
@@ -237,13 +238,13 @@ def _left(plan, done):
 
 
 def report_work(shape: Shape, size: Size, methods: Iterable[str] = ()) -> np.ndarray:
-    """The ``work`` of 08_comparison on a prompt; no methods are all of them.
+    """The ``work`` of ``DEFAULT_NOTEBOOK`` on a prompt; no methods are those of ``REPORTED``.
 
-    Its own part: the question and what is shown of it, occlusion before all methods, of the target
-    alone too, and the erasure of units in the order of each method and in random ones.
+    Its own part: the question, the prompt without its strongest units, of the target alone and
+    beside a foil, and the erasure of units in the order of each method and in random ones.
     """
-    methods = list(methods or METHODS)
-    own = priced(shape, Price(forwards=6), size) + 2 * methods_work(shape, size, ["occlusion"])
+    methods = list(methods or REPORTED)
+    own = priced(shape, Price(forwards=2 + 2 * (STRONGEST + 1)), size)
     own += priced(shape, erasure_price(size.units, size.tokens, len(methods)), size)
     return own + methods_work(shape, size, methods)
 
@@ -328,13 +329,13 @@ def _memory(plan, shape, left, scores_only, workers, least=False):
 def _longest(plan, left, scores_only, every=False):
     """``(methods, size)`` of the longest prompts that are left, or of ``every`` size there is.
 
-    Of which methods another notebook runs nothing is known: it is counted as ``DEFAULT_NOTEBOOK``
-    with every size, and else as if it ran none.
+    Of which methods another notebook runs nothing is known: it is counted with all of them with
+    every size, and else as if it ran none.
     """
     found = []
     for kind, (notebook, methods) in enumerate(plan.asked):
-        all_of_them = METHODS if every or notebook == DEFAULT_NOTEBOOK else ()
-        methods = sorted(methods or (DEFAULT_METHODS if scores_only else all_of_them))
+        own = REPORTED if notebook == DEFAULT_NOTEBOOK else METHODS if every else ()
+        methods = sorted(methods or (DEFAULT_METHODS if scores_only else own))
         there = left & (plan.kinds == kind)
         facts = np.stack([plan.tokens, plan.units, plan.outputs])[:, there]
         if facts.size:

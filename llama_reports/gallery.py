@@ -23,12 +23,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
-from PIL import Image
+from markupsafe import Markup
 
 from helpers.faithfulness import bootstrap_interval
 from helpers.plots import readable, save_figure
+from helpers.summary import coloured_text, percent
 from llama_reports.files import read_mapping, write_whole
-from llama_reports.pages import THUMBNAIL, overview_page, shown, thumbnail
+from llama_reports.pages import overview_page, shown
 
 CONTROL = "random"  # the method that knows nothing
 # columns of a report's evidence.csv and scores.csv
@@ -45,13 +46,18 @@ MEDIANS = {"evidence_rank": "place", "evaluations": "gradients"}
 MEDIANS |= {name: name for name in ("gap", "seconds", "forwards")}
 IN_ONE_BLOCK = pyarrow.csv.ReadOptions(use_threads=False, block_size=2**26)
 OVER_LINES = pyarrow.csv.ParseOptions(newlines_in_values=True)
+EXCERPT = 600  # characters of a coloured prompt in the gallery
+TRUST = {"yes": "borne out", "weak": "weakly borne out", "no": "not borne out"}
 LONGEST = 2000  # characters of a prompt or an error in the gallery; the report has all of them
 FEWEST = 5  # prompts for an interval: resampling fewer says too little about others
 
 
 @dataclass(frozen=True)
 class Report:
-    """One report folder, read. ``evidence`` and ``scores`` are None where there are none."""
+    """One report folder, read. ``evidence`` and ``scores`` are None where there are none.
+
+    ``facts`` are those of ``report.json``.
+    """
 
     folder: Path
     prompt: str
@@ -59,6 +65,7 @@ class Report:
     notebook: str
     model: str
     seconds: float | None
+    facts: dict
     provenance: dict
     evidence: pa.Table | None
     scores: pa.Table | None
@@ -85,32 +92,46 @@ class Report:
         return [row for row in rows if row["method"] != CONTROL]
 
     @property
-    def unclosed(self) -> int:
-        return sum(line["closed"] == "NO" for line in self.lines)
-
-    @property
     def state(self) -> str:
-        return "failed" if self.error is not None else "not closed" if self.unclosed else "done"
+        """How far to believe it: failed, one of ``TRUST``, or done where it does not say."""
+        if self.error is not None:
+            return "failed"
+        trust = self.facts.get("trust")
+        return TRUST.get(str(trust.get("borne_out")), "done") if isinstance(trust, dict) else "done"
 
     @property
-    def picture(self) -> Image.Image | None:
-        """The thumbnail, opened and made if it is missing; None without."""
-        path = self.folder / "figures" / THUMBNAIL
-        try:
-            if not path.exists() and thumbnail(self.folder) is None:
-                return None
-            with Image.open(path, formats=["PNG"]) as picture:
-                return picture
-        except (OSError, SyntaxError, ValueError):
+    def trust(self) -> str:
+        """The sentences that say why."""
+        trust = self.facts.get("trust")
+        said = trust.get("sentences") if isinstance(trust, dict) else None
+        return " ".join(map(str, said)) if isinstance(said, list) else ""
+
+    def told(self, name: str) -> str:
+        """A sentence of ``report.json``, empty without it."""
+        return said if isinstance(said := self.facts.get(name), str) else ""
+
+    @cached_property
+    def coloured(self) -> Markup | None:
+        """The prompt coloured by the method that the report trusts most; None if it names none."""
+        method, strongest = self.told("method"), self.facts.get("strongest")
+        if self.scores is None or not isinstance(strongest, list):
             return None
+        own = pc.and_(pc.equal(self.scores["method"], method), pc.is_null(self.scores["output"]))
+        units = self.scores.filter(own).to_pydict()
+        if not units["label"] or any(row not in range(len(units["label"])) for row in strongest):
+            return None
+        scores = np.nan_to_num(np.array(units["score"], dtype=float))
+        labels = [shown(label) for label in units["label"]]
+        signed = bool((scores < 0).any())
+        text = coloured_text(labels, scores, units["part"], strongest, signed=signed, most=EXCERPT)
+        return Markup(text)  # in which all text is escaped
 
 
 def write_index(out: str | Path) -> Path:
     """Write ``index.html``, ``comparison.html`` and ``scores.parquet`` over the reports in ``out``.
 
-    Each file is whole or absent, at any moment. A thumbnail that a report lacks is made. Folders
-    whose ``report.json`` cannot be read are left out and counted on the page. Returns the path of
-    ``index.html``.
+    Each file is whole or absent, at any moment. Folders whose ``report.json`` cannot be read are
+    left out and counted on the page. Returns the path of ``index.html``.
     """
     out = Path(out)
     reports, unreadable = read_reports(out)
@@ -129,11 +150,13 @@ def write_index(out: str | Path) -> Path:
     page = overview_page(
         "index.html.j2",
         reports=sorted(reports, key=lambda report: (report.error is None, report.slug)),
+        states=[*TRUST.values()] if any(r.state in TRUST.values() for r in reports) else [],
         methods=sorted({line["method"] for report in reports for line in report.lines}),
         probabilities=any(_share(r.provenance.get("probability")) is not None for r in reports),
         unreadable=unreadable,
         scores=scores is not None,
         share=_share,
+        percent=percent,
         shortened=_shortened,
         **counts,
     )
@@ -164,6 +187,7 @@ def read_reports(out: str | Path) -> tuple[list[Report], int]:
                 notebook=str(facts.get("notebook") or ""),
                 model=str(facts.get("model") or ""),
                 seconds=_finite(facts.get("seconds")),
+                facts=facts,
                 provenance=read_mapping(folder / "provenance.json"),
                 evidence=None if error else _read_csv(folder / "evidence.csv", EVIDENCE),
                 scores=None if error else _read_csv(folder / "scores.csv", SCORES),

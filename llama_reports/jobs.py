@@ -23,7 +23,7 @@ from llama_reports.prompts import Entry, Row, is_reserved, parse_entry, read_ent
 from llama_reports.versions import code_version, model_digest
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-DEFAULT_NOTEBOOK = "08_comparison"
+DEFAULT_NOTEBOOK = "report"
 TOLD = 20  # bad entries that are named; the rest is counted
 DIGITS = (0, 6, 16, 32)  # of a question's digest in a folder's name
 ASKED = ("target", "foil", "units", "sources", "chat", "raw")  # as a notebook and `ask` call them

@@ -1,11 +1,9 @@
-"""What a browser is shown: pages under a strict policy, any text as text, small pictures."""
+"""What a browser is shown: pages under a strict policy, any text as text."""
 
 import base64
 import hashlib
 import html
-import io
 import re
-import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -13,17 +11,15 @@ from typing import Any
 
 import bleach
 import jinja2
+import nbformat
 from nbconvert import HTMLExporter
 from nbconvert.filters import strip_ansi
 from nbconvert.preprocessors import TagRemovePreprocessor
-from PIL import Image
 
-from llama_reports.files import write_whole
+from helpers.summary import stylesheet
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-PREFERRED = "matrix_signed.png"  # the figure that says most about a report at a glance
-THUMBNAIL = "thumbnail.png"
-WIDTH = 640  # pixels: twice what the gallery shows, for sharp screens
+FIRST = "first-screen"  # the tag of the cell whose output opens a report's page
 
 # HTML drops or alters these characters: each is shown as the picture of itself (U+2400 ...) or, the
 # half of a pair that no file can hold, as U+FFFD.
@@ -33,7 +29,24 @@ _UNSHOWABLE |= {0x7F: 0x2421} | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
 # What Markdown and tables of a notebook need, and nothing that loads, moves or styles a page.
 _TAGS = {
     *("a", "abbr", "b", "blockquote", "br", "caption", "code", "dd", "del", "details", "div"),
-    *("dl", "dt", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "kbd", "li", "ol"),
+    *(
+        "dl",
+        "dt",
+        "em",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "hr",
+        "i",
+        "img",
+        "kbd",
+        "li",
+        "mark",
+        "ol",
+    ),
     *("p", "pre", "s", "span", "strong", "sub", "summary", "sup"),
     *("table", "tbody", "td", "th", "thead", "tr", "ul"),
 }
@@ -66,7 +79,7 @@ def overview_page(name: str, **values: Any) -> bytes:
 
     It has the style, the policy and the script of the gallery; every value is escaped.
     """
-    style, script = _text("style.css") + _text("gallery.css"), _text("gallery.js")
+    style, script = _style() + _text("gallery.css"), _text("gallery.js")
     policy = content_policy(style=style, images="'self' file:", script=script)
     template = _environment().get_template(name)
     page = template.render(style=style, script=script, policy=policy, **values)
@@ -92,6 +105,10 @@ def _finalize(value):
     return "" if value is None else shown(value) if type(value) is str else value
 
 
+def _style():
+    return _text("style.css") + stylesheet()
+
+
 @cache
 def _text(name):
     return (TEMPLATES / name).read_text(encoding="utf-8")
@@ -102,15 +119,22 @@ def report_page(notebook: Any, facts: Mapping[str, Any]) -> str:
 
     ``facts`` are those of ``report.json``; ``prompt`` and ``error`` stand at the top. HTML that a
     cell wrote or printed is reduced to prose, tables and pictures; colours of a terminal are left
-    out. One process builds the exporter once: pages are made one at a time.
+    out. Where a cell is tagged ``first-screen``, its output stands before all else. One process
+    builds the exporter once: pages are made one at a time.
     """
-    style = _text("style.css")
+    style, cells = _style(), list(notebook.cells)
+    first = [cell for cell in cells if FIRST in cell.metadata.get("tags", []) and cell.outputs]
+    if first:  # what it needed comes last: imports, parameters, the model
+        place = cells.index(first[0])
+        cells = [first[0], *cells[place + 1 :], *cells[:place]]
     told = {
+        "first": bool(first),
         "prompt": shown(facts["prompt"]),
         "error": shown(facts["error"] or ""),
         "style": style,
         "policy": content_policy(style=style, images="data:"),
     }
+    notebook = nbformat.from_dict({**notebook, "cells": cells})
     page, _ = _exporter().from_notebook_node(notebook, {"report": told})
     return shown(page)
 
@@ -147,38 +171,3 @@ def _allowed(tag, name, value):
     return name in ("class", "id", "title", "lang", "dir", "alt", "width", "height") or (
         tag in ("td", "th") and name in ("colspan", "rowspan", "scope")
     )
-
-
-def thumbnail(folder: str | Path) -> Path | None:
-    """Make ``figures/thumbnail.png`` of a report folder; its path, or None without a figure.
-
-    The picture is at most 640 pixels wide, made from ``matrix_signed.png`` or else from the first
-    PNG that can be read. A figure that is broken, absent or too large is passed over.
-    """
-    figures = Path(folder) / "figures"
-    found = [path for path in figures.glob("*.png") if path.name != THUMBNAIL]
-    for figure in sorted(found, key=lambda path: (path.name != PREFERRED, path.name)):
-        try:
-            small = _small(figure)
-            write_whole(figures / THUMBNAIL, small)
-        # Pillow raises whatever its decoders meet in a broken file
-        except (OSError, SyntaxError, ValueError, EOFError, Warning, Image.DecompressionBombError):
-            continue
-        return figures / THUMBNAIL
-    return None
-
-
-def _small(figure):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(figure, formats=["PNG"]) as picture:
-            picture = picture.convert("RGBA")
-    picture.thumbnail((WIDTH, 4 * WIDTH), Image.Resampling.BICUBIC, reducing_gap=2)
-    paper = Image.new("RGBA", picture.size, "white")  # a transparent figure has dark text
-    paper.alpha_composite(picture)
-    # 128 colours of the picture's own are a third of the bytes, and no eye sees it
-    few = paper.convert("RGB").quantize(128, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    few.putpalette([255 if level > 250 else level for level in few.getpalette()])  # white is white
-    file = io.BytesIO()
-    few.save(file, "PNG")
-    return file.getvalue()

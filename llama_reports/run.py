@@ -17,11 +17,14 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 
 from helpers.models import BUNDLED, public_name
-from llama_reports.files import UNFINISHED, move_into_place
+from llama_reports.files import UNFINISHED, move_into_place, read_mapping
 from llama_reports.jobs import NOTEBOOKS, Job, literal
-from llama_reports.pages import report_page, thumbnail
+from llama_reports.pages import report_page
 from llama_reports.versions import code_version
 
+# What a notebook says of itself in summary.json, and report.json passes on.
+SUMMARY = ("heading", "answered", "answer", "probability", "method", "strongest", "top_units")
+SUMMARY += ("without", "trust", "warnings")
 ATTEMPTS = 2  # kernels that may die of one prompt
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 
@@ -114,7 +117,6 @@ def _finish(work, out, job, model, error, attempts=ATTEMPTS, seconds=0.0):
     figures.mkdir()
     for file in [*work.glob("*.png"), *work.glob("*.svg")]:
         file.rename(figures / file.name)
-    thumbnail(work)
     hidden = _private(work)
     facts = {
         "slug": job.slug,
@@ -129,6 +131,8 @@ def _finish(work, out, job, model, error, attempts=ATTEMPTS, seconds=0.0):
         "attempts": attempts,
         "seconds": round(seconds, 2),
     }
+    told = read_mapping(work / "summary.json")  # of a notebook that has come so far
+    facts = {name: told[name] for name in SUMMARY if name in told} | facts
     facts = _without(hidden, facts)
     notebook = nbformat.read(work / "report.ipynb", as_version=4)
     _clean(notebook, hidden, facts)

@@ -77,7 +77,7 @@ table.to_csv(Path(output_dir) / "scores.csv", index=False)
 
 @pytest.fixture(scope="session")
 def quick_notebook(tmp_path_factory):
-    """A notebook that takes what 08_comparison takes and is done in no time, for many runs of it.
+    """A notebook that takes what report takes and is done in no time, for many runs of it.
 
     ``quick_notebook(*cells)`` gives the path of one with more cells at its end.
     """
@@ -93,12 +93,12 @@ def quick_notebook(tmp_path_factory):
 def reports(tiny_folder, hostile, tmp_path_factory):
     """``(folder, finished process)``: a real run of three prompts, of which one fails."""
     work = tmp_path_factory.mktemp("reports")
-    notebook = nbformat.read(find_notebook("08_comparison"), as_version=4)
+    notebook = nbformat.read(find_notebook("report"), as_version=4)
     parameters = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
     place = notebook.cells.index(parameters)
     fails = nbformat.v4.new_code_cell("if prompt == 'This fails': 1 / 0")
     notebook.cells.insert(place + 1, fails)
-    nbformat.write(notebook, work / "08_comparison.ipynb")
+    nbformat.write(notebook, work / "report.ipynb")
     prompts = [
         {"id": "plain", "prompt": "The keys to"},
         {"id": "fails", "prompt": "This fails"},
@@ -106,7 +106,7 @@ def reports(tiny_folder, hostile, tmp_path_factory):
     ]
     (work / "prompts.yml").write_text(yaml.safe_dump(prompts), encoding="utf-8")
     command = [sys.executable, "-m", "llama_reports", work / "prompts.yml", "--out", work / "out"]
-    command += ["--model", tiny_folder, "--notebook", work / "08_comparison.ipynb"]
+    command += ["--model", tiny_folder, "--notebook", work / "report.ipynb"]
     secret = {"SOME_SERVICE_TOKEN": "hf_abcdefghijklmnop"}
     done = subprocess.run(
         [*map(str, command)], capture_output=True, text=True, env=os.environ | secret

@@ -3,25 +3,25 @@
 import csv
 import json
 
-from PIL import Image
 
-
-def write_report(out, slug, prompt, methods=None, *, error=None, figure=True, **facts):
-    """Make ``out/slug`` as ``08_comparison`` and ``run_report`` do; returns the folder.
+def write_report(out, slug, prompt, methods=None, *, error=None, summary=None, **facts):
+    """Make ``out/slug`` as ``report.ipynb`` and ``run_report`` do; returns the folder.
 
     ``methods`` maps a name to what its row of ``evidence.csv`` says beside the defaults; the key
-    ``scores`` holds the scores of the units. ``facts`` go to ``report.json`` or, those that it has
+    ``scores`` holds the scores of the units. ``summary`` is what the notebook says of itself in
+    ``report.json``. ``facts`` go to ``report.json`` or, those that it has
     no place for, to ``provenance.json``.
     """
     folder = out / slug
-    (folder / "figures").mkdir(parents=True)
+    folder.mkdir(parents=True)
     report = {
         "slug": slug,
         "prompt": prompt,
-        "notebook": facts.pop("notebook", "08_comparison"),
+        "notebook": facts.pop("notebook", "report"),
         "model": facts.pop("model", "SmolLM2-135M-Instruct"),
         "error": error,
         "seconds": facts.pop("seconds", 12.5),
+        **(summary or {}),
     }
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
     (folder / "report.html").write_text("<title>a report</title>", encoding="utf-8")
@@ -43,8 +43,6 @@ def write_report(out, slug, prompt, methods=None, *, error=None, figure=True, **
     _write_table(folder / "scores.csv", scores)
     known = {"target": " Rig", "foil": None, "tokens": 3, "dtype": "float32"} | facts
     (folder / "provenance.json").write_text(json.dumps(known), encoding="utf-8")
-    if figure:
-        Image.new("RGBA", (900, 600), "#3366aa").save(folder / "figures" / "matrix_signed.png")
     return folder
 
 

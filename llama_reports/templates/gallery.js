@@ -73,17 +73,18 @@
   const more = document.querySelector("p.more");
   const PORTION = 100; // rows laid out at first, and added when the last one comes near
   let limit = PORTION;
-  const STATES = ["failed", "not closed", "done"];
+  const STATES = ["failed", "not borne out", "weakly borne out", "done", "borne out"];
 
   const reports = new Map();
   for (const row of table.tBodies[0].rows) {
     const lines = [...row.querySelectorAll("li")].map((line) => {
       const [beats, gap, place, time] = line.dataset.values.split(",").map(number);
-      return { line, method: line.dataset.method, beats, gap, place, time, open: !!line.querySelector(".failed") };
+      return { line, method: line.dataset.method, beats, gap, place, time, open: !!line.querySelector(".open") };
     });
-    const [prompt, about] = row.querySelector("td.words").children;
+    const words = row.querySelector("td.words");
+    const prompt = words.querySelector("a");
     const error = row.querySelector("p.error");
-    const text = [prompt, about, error].map((part) => (part ? part.textContent : "")).join("\n");
+    const text = [words, error].map((part) => (part ? part.textContent : "")).join("\n");
     reports.set(row, { lines, prompt: prompt.textContent, text: text.toLowerCase() });
   }
 
@@ -126,7 +127,7 @@
         report.text.includes(words) &&
         (!method.value || lines.length > 0) &&
         (!state.value ||
-          (state.value === "failed" ? row.dataset.state === "failed" : lines.some((each) => each.open)));
+          (state.value === "not closed" ? lines.some((each) => each.open) : row.dataset.state === state.value));
       row.hidden = !fits || seen >= limit;
       seen += fits;
       if (!row.hidden) for (const each of report.lines) each.line.hidden = !lines.includes(each);

@@ -19,9 +19,18 @@ import helpers
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-TAGS = {"parameters", "solution", "nbval-ignore-output", "numbers-vary", "not-in-report"}
+LESSONS = [path for path in NOTEBOOKS if path.stem != "report"]
+TAGS = {
+    "first-screen",
+    "parameters",
+    "solution",
+    "nbval-ignore-output",
+    "numbers-vary",
+    "not-in-report",
+}
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+every_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 
 
 def read(path):
@@ -71,7 +80,7 @@ def test_names_its_kernel_and_language(path):
     assert about.kernelspec.name == "python3" and about.language_info.name == "python"
 
 
-@every_notebook
+@every_lesson
 def test_opens_and_closes_in_the_house_style(path):
     cells = read(path).cells
     code = next(place for place, cell in enumerate(cells) if cell.cell_type == "code")

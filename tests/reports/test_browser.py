@@ -150,12 +150,11 @@ def test_index_leads_to_a_report_with_its_figures_and_no_network(page, reports):
     folder, _ = reports
     page.goto((folder / "index.html").as_uri())
     assert page.locator("tbody tr").count() == 3
-    widths = loaded_pictures(page)
-    assert len(widths) == 2 and all(width > 100 for width in widths)
+    assert page.locator("tr#plain .coloured mark").count() == 3
     page.locator("tr#plain td.words a").click()
     page.wait_for_url("**/plain/report.html")
     widths = loaded_pictures(page)
-    assert len(widths) >= 5 and all(width > 100 for width in widths)
+    assert widths and all(width > 100 for width in widths)
     assert all(picture.get_attribute("alt") for picture in page.locator("img").all())
     page.get_by_role("link", name="All reports").click()
     page.get_by_role("link", name="All prompts compared").click()
@@ -169,10 +168,13 @@ def test_index_leads_to_a_report_with_its_figures_and_no_network(page, reports):
 def test_a_hostile_prompt_is_shown_as_text_and_runs_nothing(page, reports, hostile):
     folder, _ = reports
     page.goto((folder / "index.html").as_uri())
-    assert page.locator("tr#hostile td.words a").text_content() == hostile
+    numbers = "[...document.querySelectorAll('tr#hostile sup')].forEach(each => each.remove())"
+    page.evaluate(numbers)
+    assert page.locator("tr#hostile .coloured").text_content() == hostile
     page.locator("tr#hostile td.words a").click()
     page.wait_for_url("**/report.html")
-    assert page.locator("blockquote").text_content() == hostile
+    page.evaluate("[...document.querySelectorAll('sup')].forEach(each => each.remove())")
+    assert page.locator(".coloured").text_content() == hostile
     assert "taken" not in (page.title().removeprefix("<script>document.title='taken'"))
     assert page.locator("script").count() == 0 and not page.complaints
 
@@ -212,9 +214,7 @@ def hostile_folder(tmp_path_factory):
         said = {told: {"strongest unit": told, "closed": "NO"}, "saliency": {}}
         said[told]["gap"] = 0.5 if i == 4 else None  # one figure is enough
         names = {"target": text, "foil": text, "model": text, "notebook": text}
-        write_report(
-            out, slug, text, said, error=text if i % 4 == 3 else None, figure=i < 4, **names
-        )
+        write_report(out, slug, text, said, error=text if i % 4 == 3 else None, **names)
     write_index(out)
     return out
 
@@ -269,7 +269,7 @@ def test_hostile_names_can_be_chosen_found_and_sorted(page, hostile_folder):
     page.get_by_role("searchbox", name="Find").fill("{{ 7 * 7 }}")
     assert visible(page) == [row_of("{{ 7 * 7 }} {{ config }} {{ ''.__class__.__mro__ }}")]
     page.get_by_role("button", name="Clear").click()
-    for head in ("Prompt", "State", "Seconds", "Above random", "Gap"):
+    for head in ("Question", "Trust", "Seconds", "Above random", "Gap"):
         page.get_by_role("columnheader", name=head).get_by_role("button").click()
     assert page.locator("tbody tr:visible").count() == len(HOSTILE) and not page.complaints
 
@@ -328,7 +328,6 @@ def test_a_link_reaches_a_folder_of_any_name(page, tmp_path):
     name = "a b#c?d%2e&'e\"<f>:é"
     write_report(tmp_path, name, "The keys to", {"saliency": {}})
     page.goto(write_index(tmp_path).as_uri())
-    assert loaded_pictures(page) == [640]
     page.locator("td.words a").click()
     page.wait_for_url("**/report.html")
     assert page.title() == "a report" and page.url.endswith(f"{quote(name, safe='')}/report.html")
@@ -355,7 +354,7 @@ def many(tmp_path_factory):
         }
         if i % 5 == 0:
             said["occlusion"] = {"evidence_rank": 1 + i % 3, "beats_random": 0.5}
-        write_report(out, f"r{i:03}", f"prompt {i}", said, figure=i < 3, seconds=10 + i % 50)
+        write_report(out, f"r{i:03}", f"prompt {i}", said, seconds=10 + i % 50)
     return write_index(out)
 
 
@@ -480,9 +479,9 @@ def test_everything_is_reached_and_done_with_the_keyboard(page, many):
     page.keyboard.press("o")  # occlusion
     for _ in range(3):
         page.keyboard.press("Tab")
-    assert page.evaluate(focus) == "Prompt"
+    assert page.evaluate(focus) == "Question"
     page.keyboard.press("Enter")
-    assert visible(page) == ["r990", "r995"] and page.evaluate(focus) == "Prompt"
+    assert visible(page) == ["r990", "r995"] and page.evaluate(focus) == "Question"
     page.keyboard.press("Space")
     assert visible(page) == ["r995", "r990"]
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
@@ -498,13 +497,9 @@ def test_a_screen_reader_finds_a_table_with_heads_and_a_live_count(page, tmp_pat
     found = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree]
     roles = [role for role, _ in found]
     assert roles.count("table") == 1 and roles.count("row") == 3
-    assert roles.count("cell") == (10 if width > 1000 else 9)  # no room is kept for no picture
+    assert roles.count("cell") == 8
     assert {("searchbox", "Find"), ("combobox", "Method"), ("combobox", "State")} <= set(found)
-    assert {
-        ("columnheader", "Prompt"),
-        ("button", "Gap"),
-        ("image", "Scores by method and unit"),
-    } <= (set(found))
+    assert {("columnheader", "Question"), ("button", "Gap")} <= set(found)
     assert roles.count("listitem") == 1 and "status" in roles
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 

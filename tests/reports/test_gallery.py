@@ -16,7 +16,7 @@ from report_folders import write_report
 
 from helpers.faithfulness import bootstrap_interval, rank_correlation
 from llama_reports.gallery import agreement, compare, read_reports, write_index
-from llama_reports.pages import content_policy, report_page, shown, thumbnail
+from llama_reports.pages import content_policy, report_page, shown
 
 METHODS = {"saliency": {}, "occlusion": {}, "random": {}}
 
@@ -117,7 +117,7 @@ def test_failures_come_first_with_their_error_and_their_notebook(tmp_path):
     assert re.findall(r'<tr id="(\w)" data-state="([\w ]+)"', page) == [
         ("c", "failed"),
         ("a", "done"),
-        ("b", "not closed"),
+        ("b", "done"),
     ]
     assert "RuntimeError: out of memory" in page and 'href="c/report.ipynb"' in page
 
@@ -136,31 +136,42 @@ def test_the_probability_of_the_target_is_a_column_where_it_is_known(tmp_path):
     assert "Target %" in page and "87 %" in page
 
 
-# --- thumbnails --------------------------------------------------------------------------------
+# --- a row says what a report says --------------------------------------------------------------
 
 
-def test_the_thumbnail_is_of_the_preferred_figure_small_and_opaque(tmp_path):
-    figures = write_report(tmp_path, "a", "one", METHODS) / "figures"
-    Image.new("RGBA", (1300, 700), (0, 0, 0, 0)).save(figures / "matrix_signed.png")
-    Image.new("RGB", (10, 10), "red").save(figures / "agreement.png")
-    made = thumbnail(tmp_path / "a")
-    with Image.open(made) as picture:
-        assert picture.size == (640, 345)
-        assert picture.convert("RGB").getpixel((5, 5)) == (255, 255, 255)
+def test_a_row_has_the_coloured_prompt_the_answer_and_the_trust(tmp_path):
+    trust = {"borne_out": "weak", "sentences": ["Methods <differ>."]}
+    said = {"occlusion": {"scores": [0.5, -1.0, 2.0]}, "saliency": {"scores": [3, 2, 1]}}
+    told = {"heading": "Why “x”?", "answered": "It goes on with <x>: 31 %.", "trust": trust}
+    told |= {"method": "occlusion", "strongest": [2, 0]}
+    write_report(tmp_path, "a", "one", said, summary=told)
+    page = write_index(tmp_path).read_text(encoding="utf-8")
+    (coloured,) = re.findall(r'<pre class="coloured".*?</pre>', page)
+    marks = [("up10", " 2", "1"), ("up2", " 0", "2")]
+    assert re.findall(r'"(up\d+)"><mark>([^<]*)<sup>(\d)', coloured) == marks[::-1]
+    assert '"down5"> 1</span>' in coloured
+    assert "It goes on with &lt;x&gt;: 31 %." in page and ">Why “x”?</a>" in page
+    assert 'data-state="weakly borne out"' in page and 'title="Methods &lt;differ&gt;."' in page
 
 
-def test_a_broken_figure_is_passed_over_and_none_is_no_error(tmp_path):
-    figures = write_report(tmp_path, "a", "one", METHODS, figure=False) / "figures"
-    assert thumbnail(tmp_path / "a") is None and thumbnail(tmp_path / "none") is None
-    (figures / "matrix_signed.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    assert thumbnail(tmp_path / "a") is None
-    assert "<img" not in write_index(tmp_path).read_text(encoding="utf-8")
-    Image.new("RGB", (80, 40), "red").save(figures / "b.png")
-    whole = (figures / "b.png").read_bytes()
-    (figures / "a.png").write_bytes(whole[:60])  # cut short
-    with Image.open(thumbnail(tmp_path / "a")) as picture:
-        assert picture.size == (80, 40)
-    assert 'src="a/figures/thumbnail.png"' in write_index(tmp_path).read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    "told",
+    [
+        {},
+        {"method": "magic", "strongest": [0]},
+        {"method": "saliency", "strongest": "012"},
+        {"method": "saliency", "strongest": [3]},
+        {"method": "saliency", "strongest": [-1]},
+        {"method": "saliency", "strongest": ["<b>"]},
+        {"method": ["saliency"], "strongest": [0], "heading": {}, "trust": [1]},
+        {"trust": {"borne_out": ["yes"], "sentences": "all"}},
+    ],
+)
+def test_facts_that_mean_nothing_leave_the_prompt_as_it_is(tmp_path, told):
+    write_report(tmp_path, "a", "The keys <to>", {"saliency": {}}, summary=told)
+    page = write_index(tmp_path).read_text(encoding="utf-8")
+    assert 'class="coloured"' not in page and ">The keys &lt;to&gt;</a>" in page
+    assert 'data-state="done"' in page
 
 
 # --- the comparison ----------------------------------------------------------------------------

@@ -1,0 +1,465 @@
+"""What a question's attributions say at first sight: which words, what without them, how sure.
+
+Text for people: probabilities in per cent, words in the order of the prompt, sentences. Whatever a
+prompt holds is shown as text, never as markup.
+"""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from IPython.display import display
+
+from helpers.attribution import Attribution, asking, attribute_all
+from helpers.attribution.perturbation import coalition_values
+from helpers.faithfulness import against_random
+from helpers.prompts import token_labels
+from helpers.questions import Question
+from helpers.tables import NOT_WRITTEN, written_first
+
+TRUSTED = ("find_then_rank", "occlusion", "relevance")  # see "Which method to believe", README
+# What a report runs: these, the three usual methods beside them, and the control.
+REPORTED = (*TRUSTED, "saliency", "attention", "integrated_gradients", "random")
+STRONGEST = 3  # units that get a number
+HALVED = 0.69  # nats: the odds of the answer are half of what they were
+LONGEST = 2000  # characters of what is shown of one token of an answer
+TOKENS = 3  # of an answer without a foil; of more, each is shown by itself
+FEW = 60  # units that are coloured by amount; of more, the strongest quarter by rank
+STYLE = Path(__file__).parent / "data" / "summary.css"
+
+
+@dataclass(frozen=True)
+class Without:
+    """What was found with some units gone.
+
+    ``units`` are their numbers, ``log_probability`` is that of the target in nats, ``against`` its
+    probability if the answer had to be target or foil (``None`` without a foil), ``moved`` how far
+    the objective fell, in nats.
+    """
+
+    units: tuple[int, ...]
+    log_probability: float
+    against: float | None
+    moved: float
+
+
+@dataclass(frozen=True, repr=False)
+class Summary:
+    """What one question's attributions come to. Jupyter shows the page's first screen of it.
+
+    ``whole``      what was found with all units there
+    ``method``     whose order is shown: the one of ``TRUSTED`` that erasing bears out best here
+    ``strongest``  numbers of the units that it puts first, of those that somebody wrote
+    ``without``    what was found without each of these, and without all of them
+    ``each``       scores of every output token by itself [outputs, units], where there are several
+    ``outputs``    these tokens as text
+    ``borne_out``  ``"yes"``, ``"weak"`` or ``"no"``; ``trust`` are the sentences that say why
+    ``top_units``  ``{method: labels}``, the strongest of each
+    """
+
+    question: Question
+    whole: Without
+    method: str
+    scores: torch.Tensor
+    signed: bool
+    strongest: tuple[int, ...]
+    without: tuple[Without, ...]
+    borne_out: str
+    trust: tuple[str, ...]
+    top_units: Mapping[str, list[str]]
+    each: torch.Tensor | None = None
+    outputs: tuple[str, ...] = ()
+
+    @property
+    def heading(self) -> str:
+        """The question in words."""
+        target, foil = self.question.target_label or "", self.question.foil_label
+        if len(target) > FEW:
+            return "Why this answer?"
+        if foil is None:
+            return f"Why {quoted(target)}?"
+        alike = target.strip() == foil.strip()
+        pair = (repr(target), repr(foil)) if alike else (quoted(target), quoted(foil))
+        return "Why {} rather than {}?".format(*pair)
+
+    @property
+    def answered(self) -> str:
+        """What the model goes on with, and how probable what was asked about is."""
+        question, target = self.question, quoted(self.question.target_label or "")
+        share = f"{self._share(self.whole)}{self._of_a_token}"
+        told = f"After this prompt the model goes on with {target}: {share}."
+        if question.rank != 1:
+            before = question.input_ids[0].tolist()
+            own = token_labels(question.tokenizer, [question.top], before)[0]
+            goes_on = f"{quoted(own)} ({percent(question.top_probability or 0.0)})"
+            told = f"Asked about {target}: {share}. The model itself goes on with {goes_on}."
+        if self.whole.against is None:
+            return told
+        return f"{told} Had it to be one of the two: {percent(self.whole.against)}."
+
+    @property
+    def _long(self):
+        """Whether the answer is so long that its probability as a whole says nothing."""
+        return self.question.foil is None and len(self.question.target or ()) > TOKENS
+
+    @property
+    def _of_a_token(self):
+        return " a token in the geometric mean" if self._long else ""
+
+    def _share(self, found):
+        """The probability in words: as a whole, or a token's in the geometric mean."""
+        tokens = len(self.question.target or ()) if self._long else 1
+        return percent(math.exp(found.log_probability / tokens))
+
+    @property
+    def removed(self) -> list[str]:
+        """A sentence for each of the strongest units, and one for all of them together."""
+        question = self.question
+        what = f"the probability of {quoted(question.target_label or '')}"
+        if self._long:
+            what = "the probability of a token of the answer"
+        if question.foil is not None:
+            what = (
+                f"{quoted(question.target_label or '')} against {quoted(question.foil_label or '')}"
+            )
+        told = []
+        for found in self.without:
+            names = [quoted(question.units[unit].label) for unit in found.units]
+            name = names[0] if len(names) == 1 else f"all {('', '', 'two', 'three')[len(names)]}"
+            falls = "falls" if found.moved > 0 else "rises"
+            both = [
+                self._share(some) if some.against is None else percent(some.against)
+                for some in (self.whole, found)
+            ]
+            if both[0] == both[1]:
+                told.append(f"Without {name} {what} stays at {both[0]}.")
+            else:
+                told.append(f"Without {name} {what} {falls} from {both[0]} to {both[1]}.")
+        return told
+
+    def facts(self) -> dict[str, Any]:
+        """Plain values for ``report.json``."""
+        return {
+            "heading": self.heading,
+            "answered": self.answered,
+            "answer": self.question.answer,
+            "probability": self.question.probability,
+            "method": self.method,
+            "strongest": list(self.strongest),
+            "top_units": dict(self.top_units),
+            "without": [
+                {"units": [self.question.units[unit].label for unit in found.units]}
+                | {"probability": math.exp(found.log_probability), "against": found.against}
+                for found in self.without
+            ],
+            "trust": {"borne_out": self.borne_out, "sentences": list(self.trust)},
+            "warnings": list(self.question.notes),
+        }
+
+    def __repr__(self) -> str:
+        lines = [self.heading, self.answered, *self.removed, *self.trust, *self.question.notes]
+        return "\n".join(lines)
+
+    def _repr_html_(self):
+        units = self.question.units
+        text = coloured_text(
+            [unit.label for unit in units],
+            self.scores,
+            [unit.part for unit in units],
+            self.strongest,
+            signed=self.signed,
+        )
+        told = {"yes": "Borne out.", "weak": "Weakly borne out.", "no": "Not borne out."}
+        body = [
+            f"<style>{stylesheet()}</style>",
+            f"<h1>{html.escape(self.heading)}</h1>",
+            f'<p class="answered" dir="auto">{html.escape(self.answered)}</p>',
+            text,
+            f'<p class="legend">{html.escape(self._legend)}</p>',
+            "<ol>",
+            *(f'<li dir="auto">{html.escape(line)}</li>' for line in self._each),
+            "</ol>",
+            *(f"<p>{html.escape(line)}</p>" for line in self._together),
+            f'<p class="trust {self.borne_out}"><b>{told[self.borne_out]}</b> '
+            f"{html.escape(' '.join(self.trust))}</p>",
+            *(f'<p class="warning">{html.escape(note)}</p>' for note in self.question.notes),
+            *self._outputs_html(),
+        ]
+        return f'<div class="summary">{"".join(body)}</div>'
+
+    def _outputs_html(self):
+        """What each token of the answer came from: a line each, which opens."""
+        if self.each is None or not self._long:
+            return
+        yield "<h2>The answer, token by token</h2>"
+        yield "<p>Each with what it came from most; open one to see all.</p>"
+        units = self.question.units
+        labels, parts = [unit.label for unit in units], [unit.part for unit in units]
+        usable = [i for i, part in enumerate(parts) if part != "template"]
+        for output, scores in zip(self.outputs, self.each, strict=True):
+            best = sorted(usable, key=lambda i, of=scores: -float(of[i]))[:STRONGEST]
+            best = [i for i in best if scores[i] > 0]
+            came = ", ".join(f"{quoted(labels[i])} {scores[i]:+.2f}" for i in best)
+            told = f"<b>{html.escape(quoted(output))}</b> {html.escape(came or 'nothing')}"
+            text = coloured_text(labels, scores, parts, best, signed=self.signed, most=LONGEST)
+            yield f'<details><summary dir="auto">{told}</summary>{text}</details>'
+
+    @property
+    def _each(self):
+        return self.removed[: len(self.strongest)]
+
+    @property
+    def _together(self):
+        return self.removed[len(self.strongest) :]
+
+    @property
+    def _legend(self):
+        colours = "red speaks for the answer, blue against it" if self.signed else "by how much"
+        shown = sum(unit.part not in NOT_WRITTEN for unit in self.question.units)
+        part = ", the strongest quarter by rank" if shown > FEW else ""
+        return f"Coloured by {self.method}{part}: {colours}. Numbers: the strongest."
+
+
+def summarise(
+    model: Any,
+    question: Question,
+    results: Mapping[str, Attribution],
+    tested: pd.DataFrame,
+) -> Summary:
+    """What ``results`` ``{method: Attribution}`` of a question come to, tried on the model.
+
+    ``tested`` is what ``against_random`` says of them. The strongest units are taken out of the
+    prompt, each by itself and all together, and the probability is read again: as many rows, and
+    as many again with a foil.
+    """
+    method = most_trusted(tested["faithfulness"])
+    result = results[method]
+    first = {name: written_first(question, some)[:STRONGEST] for name, some in results.items()}
+    strongest = first[method]
+    groups = [(unit,) for unit in strongest]
+    groups += [tuple(strongest)] if len(strongest) > 1 else []
+    whole, *found = probabilities_without(model, question, [(), *groups])
+    borne_out, sentences = _trust(question, method, first, found, tested)
+    return Summary(
+        question=question,
+        whole=whole,
+        method=method,
+        scores=result.scores,
+        signed=result.signed,
+        strongest=tuple(strongest),
+        without=tuple(found),
+        each=result.each if len(result.outputs) > 1 else None,
+        outputs=result.outputs,
+        borne_out=borne_out,
+        trust=tuple(sentences),
+        top_units={name: [question.units[i].label for i in units] for name, units in first.items()},
+    )
+
+
+def show(
+    model: Any,
+    question: Question,
+    methods: Sequence[str] = TRUSTED,
+    results: Mapping[str, Attribution] | None = None,
+) -> Summary:
+    """Show what the model relied on for ``question``, and return it as a ``Summary``.
+
+    ``results`` are those of ``attribute_all``, or are made here by ``methods``.
+    """
+    if results is None:
+        ((question, results),) = attribute_all(model, [question], methods)
+    tested = against_random(model, question, dict(results), steps=8)
+    found = summarise(model, question, results, tested)
+    display(found)
+    return found
+
+
+def most_trusted(faithfulness: Mapping[str, float]) -> str:
+    """The method of ``TRUSTED`` that erasing bears out best; of the others where none has run.
+
+    ``faithfulness`` ``{method: nats}`` is that of ``erasure_measures``.
+    """
+    known = {name: value for name, value in faithfulness.items() if name in TRUSTED}
+    known = known or {name: value for name, value in faithfulness.items() if name != "random"}
+    known = known or dict(faithfulness)
+    order = (*TRUSTED, *sorted(known))
+    return max(known, key=lambda name: (round(known[name], 3), -order.index(name)))
+
+
+def probabilities_without(
+    model: Any, question: Question, groups: Sequence[Sequence[int]]
+) -> list[Without]:
+    """The probability of the target without each group of units, by running the model.
+
+    An empty group takes nothing out.
+
+    What stands in for a unit is what ``occlusion`` puts there by default: see ``blank``.
+    """
+    kept = torch.ones(len(groups), len(question.units), dtype=torch.bool)
+    for row, group in zip(kept, groups, strict=True):
+        row[list(group)] = False
+    question = replace(question, objective="log_probability")
+
+    def run(some):
+        with asking(model, [some]) as asked:
+            whole, (values,) = coalition_values(asked, [kept])
+        return whole[0].sum().item(), values.sum(dim=1).tolist()
+
+    alone = run(replace(question, foil=None, foil_label=None))
+    both = run(question) if question.foil is not None else alone
+    sides = [None if question.foil is None else _sigmoid(value) for value in both[1]]
+    return [
+        Without(tuple(group), value, side, both[0] - objective)
+        for group, value, side, objective in zip(groups, alone[1], sides, both[1], strict=True)
+    ]
+
+
+def _sigmoid(value):
+    return torch.tensor(value).sigmoid().item()
+
+
+def _trust(question, method, first, found, tested):
+    """Whether three tests bear the strongest units out, and a sentence for each."""
+    if not found:
+        return "no", ["Nothing of the prompt was written by anybody, so nothing is ranked."]
+    moved, beats = found[-1].moved, tested.loc[method, "beats_random"]
+    matters, better = moved > HALVED, beats >= 0.95
+    sentences = []
+    if not matters:
+        sentences.append("Taking these out does not even halve the odds of the answer.")
+    few = len(question.units) < 3
+    share = "every random order" if beats == 1 else f"{100 * beats:.0f} % of random orders"
+    sentences.append(
+        f"Erased in the order of {method}, the answer gives way sooner than in {share} tried."
+    )
+    trusted = [name for name in TRUSTED if name in first]
+    name = {some: quoted(question.units[first[some][0]].label) for some in trusted}
+    agree = len(set(name.values())) == 1
+    if len(trusted) < 2:
+        agree = False
+        sentences.append("No second method of those that are trusted was run beside it.")
+    elif agree:
+        sentences.append(f"{', '.join(trusted)} all put {name[trusted[0]]} first.")
+    else:
+        told = [f"{some} puts {name[some]} first" for some in trusted]
+        sentences.append(f"Methods differ: {', '.join(told)}.")
+    if not matters:
+        return "no", sentences
+    return "yes" if (better or few) and agree else "weak", sentences
+
+
+# --- text and colour ---------------------------------------------------------------------------
+
+
+def coloured_text(
+    labels: Sequence[str],
+    scores: Any,
+    parts: Sequence[str],
+    strongest: Sequence[int] = (),
+    *,
+    signed: bool = True,
+    most: int | None = None,
+) -> str:
+    """The prompt as HTML text, each unit coloured by its score, the ``strongest`` with numbers.
+
+    ``labels``, ``scores`` and ``parts`` hold one value a unit. The template's units are left out;
+    who wrote what stands before it. With ``most``, of a longer text only about so many characters
+    around the strongest units are shown.
+    """
+    shades = _shades(np.asarray(scores, dtype=float), parts, signed)
+    shown = _around(labels, parts, strongest, most)
+    written, part, gap = [], "prompt", False
+    for place, label in enumerate(labels):
+        if parts[place] == "template":
+            continue
+        if not shown[place]:
+            gap = True
+            continue
+        if parts[place] != part:
+            part = parts[place]
+            written.append(f'<b class="part">{html.escape(part)}</b>')
+        if gap:
+            written.append('<span class="gap"> … </span>')
+            gap = False
+        written.append(_unit(label, shades[place], place, strongest))
+    if gap:
+        written.append('<span class="gap"> …</span>')
+    # elsewhere than in <pre> a page may lose spaces
+    return f'<pre class="coloured" dir="auto">{"".join(written)}</pre>'
+
+
+def _unit(label, shade, place, strongest):
+    text = html.escape(label)
+    if place in strongest:
+        number = list(strongest).index(place) + 1
+        text = f"<mark>{text}<sup>{number}</sup></mark>"
+    if not shade:
+        return text
+    side = "up" if shade > 0 else "down"
+    return f'<span class="{side}{abs(shade)}">{text}</span>'
+
+
+def _shades(scores, parts, signed):
+    """From -10 to 10, one a unit: by amount of a few units, of many the strongest quarter by rank.
+
+    The template's are 0.
+    """
+    hidden = np.array([part == "template" for part in parts], dtype=bool)
+    sizes = np.where(hidden, 0, np.abs(scores))
+    signs = np.sign(scores) if signed else np.ones_like(scores)
+    if (~hidden).sum() <= FEW:
+        shades = 10 * sizes / max(sizes.max(initial=0.0), 1e-12)
+    else:
+        quarter = max(1, int((~hidden).sum()) // 4)
+        ranks = np.empty(len(sizes))
+        ranks[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
+        shades = np.where(sizes > 0, np.ceil(10 * np.maximum(0, 1 - ranks / quarter)), 0)
+    return (signs * np.round(shades)).astype(int).tolist()
+
+
+def _around(labels, parts, strongest, most):
+    """Which units are shown, where ``most`` characters are: the first, and those around some."""
+    lengths = np.array(
+        [0 if p == "template" else len(x) for x, p in zip(labels, parts, strict=True)]
+    )
+    if most is None or lengths.sum() <= most:
+        return np.ones(len(labels), dtype=bool)
+    ends = lengths.cumsum()
+    begins = ends - lengths
+    room = most // (2 * (len(strongest) + 1))
+    shown = ends <= room
+    for place in strongest:
+        shown |= (begins < ends[place] + room) & (ends > begins[place] - room)
+    return shown
+
+
+def quoted(text: str) -> str:
+    """A word as people write it: in quotes, without the space before it; a blank as it is."""
+    if "\ufffd" in text:  # bytes that are no character yet
+        return "a part of a character"
+    inner = text.strip() or repr(text)[1:-1]
+    return f"“{inner if len(inner) <= FEW else inner[: FEW - 1] + '…'}”"
+
+
+def percent(share: float) -> str:
+    """A probability in per cent, with as many digits as people read."""
+    if share >= 0.9995:
+        return "over 99.9 %" if share < 1 else "100 %"
+    if share >= 0.0995:
+        return f"{100 * share:.0f} %"
+    if share >= 1e-5:
+        return f"{100 * share:.2g} %"
+    return "under 0.001 %"
+
+
+@cache
+def stylesheet() -> str:
+    """The style of the first screen, for the light and the dark."""
+    return STYLE.read_text(encoding="utf-8")

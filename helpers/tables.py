@@ -1,0 +1,81 @@
+"""A question's attributions as tables: one row a score, and one row a method."""
+
+import json
+from collections.abc import Mapping
+
+import pandas as pd
+
+from helpers.attribution import Attribution
+from helpers.faithfulness import importance_order
+from helpers.questions import Question
+
+NOT_WRITTEN = ("template", "answer")  # parts of units that nobody who asked has written
+
+
+def written_first(question: Question, result: Attribution) -> list[int]:
+    """The units that somebody wrote, by number, the most important first."""
+    written = [unit.part not in NOT_WRITTEN for unit in question.units]
+    return [unit for unit in importance_order(result).tolist() if written[unit]]
+
+
+def score_table(question: Question, results: Mapping[str, Attribution]) -> pd.DataFrame:
+    """One row a score: a DataFrame of all ``results`` ``{method: Attribution}``.
+
+    Columns: ``prompt`` (messages as JSON), ``method``, ``output`` (the number of the token that is
+    explained by itself; empty: of all together), ``unit``, its ``part``, its tokens from ``start``
+    to before ``end``, its ``label``, ``score``, and the method's own ``error`` where it has one.
+    """
+    asked = question.prompt
+    prompt = asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False)
+    units = pd.DataFrame(
+        {
+            "unit": range(len(question.units)),
+            "part": [unit.part for unit in question.units],
+            "start": [min(unit.positions) for unit in question.units],
+            "end": [max(unit.positions) + 1 for unit in question.units],
+            "label": [unit.label for unit in question.units],
+        }
+    )
+    tables = []
+    for name, result in results.items():
+        error = None if result.errors is None else result.errors.numpy()
+        rows = units.assign(prompt=prompt, method=name)
+        tables.append(rows.assign(output="", score=result.scores.numpy(), error=error))
+        if result.each is not None and len(result.outputs) > 1:
+            for output, scores in enumerate(result.each.numpy()):
+                tables.append(rows.assign(output=str(output), score=scores, error=None))
+    columns = ["prompt", "method", "output", *units.columns, "score", "error"]
+    return pd.concat([table.astype({"error": float}) for table in tables])[columns]
+
+
+def method_table(
+    question: Question,
+    results: Mapping[str, Attribution],
+    tested: pd.DataFrame,
+    evidence: str = "",
+) -> pd.DataFrame:
+    """One row a method, with what speaks for it: a DataFrame.
+
+    ``tested`` is what ``against_random`` says of ``results``. ``evidence_rank`` is the first place,
+    in the method's order, of a unit with the words of ``evidence``: empty where none are known.
+    """
+    positions = {position for place in question.places(evidence) for position in place}
+    must = {i for i, unit in enumerate(question.units) if positions & set(unit.positions)}
+    rows = []
+    for name, result in results.items():
+        order = importance_order(result).tolist()
+        first = next(iter(written_first(question, result)), None)
+        row = {
+            "method": name,
+            "strongest unit": "" if first is None else question.units[first].label,
+            "gap": result.gap,
+            "closed": {True: "yes", False: "NO", None: "-"}[result.closed],
+            "evaluations": result.evaluations,
+            "forwards": result.forwards,
+            "seconds": result.seconds,
+            "evidence_rank": 1 + min(map(order.index, must)) if must else None,
+        }
+        rows.append(row)
+    measures = ["faithfulness", "random_faithfulness", "beats_random"]
+    table = pd.DataFrame(rows).astype({"gap": float, "evidence_rank": float})
+    return table.join(tested[measures], on="method")

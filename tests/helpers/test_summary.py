@@ -1,0 +1,246 @@
+"""What a report says at first sight: that the numbers are the model's, and that text stays text."""
+
+import html
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from linear_model import LinearCausalModel
+
+from helpers import ask, attribute, attribute_all
+from helpers.attribution import objective
+from helpers.attribution.path import baseline_embeds
+from helpers.faithfulness import against_random
+from helpers.summary import (
+    FEW,
+    TRUSTED,
+    coloured_text,
+    most_trusted,
+    percent,
+    probabilities_without,
+    quoted,
+    show,
+    summarise,
+)
+from helpers.tables import method_table, score_table
+
+METHODS = [*TRUSTED, "random"]
+
+
+@pytest.fixture(scope="module")
+def linear(tiny):
+    return LinearCausalModel(tiny[1])
+
+
+def summary_of(model, tokenizer, prompt="The keys to the", methods=METHODS, **asked):
+    question = ask(model, tokenizer, prompt, **asked)
+    ((question, results),) = attribute_all(model, [question], methods)
+    tested = against_random(model, question, results, steps=4)
+    return summarise(model, question, results, tested), question, results, tested
+
+
+# --- the numbers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", [{}, {"target": " b", "foil": " a"}, {"target": "bcd"}])
+def test_probabilities_without_units_are_those_of_the_embeddings_put_in_by_hand(tiny, pair):
+    model, tokenizer = tiny
+    question = ask(model, tokenizer, "The keys", **pair)
+    alone = replace(question, foil=None, foil_label=None)
+    blank = baseline_embeds(model, question, "mean")
+    embeds = model.get_input_embeddings()(question.input_ids)
+    for found in probabilities_without(model, question, [(), (0,), (2, 3), (0, 1, 2, 3)]):
+        changed = embeds.clone()
+        for unit in found.units:
+            places = list(question.units[unit].positions)
+            changed[0, places] = blank[0, places]
+        with torch.inference_mode():
+            probability = objective(model, changed, alone).exp().item()
+            both = objective(model, changed, question)
+            fell = (objective(model, embeds, question) - both).item()
+        assert math.exp(found.log_probability) == pytest.approx(probability, rel=1e-4)
+        assert found.moved == pytest.approx(fell, abs=1e-4)
+        assert (found.against is None) == (question.foil is None)
+        if question.foil is not None:
+            assert found.against == pytest.approx(both.sigmoid().item(), rel=1e-4)
+
+
+def test_what_the_sentences_say_is_what_the_model_says(tiny):
+    summary, question, _, _ = summary_of(*tiny, target="b", foil="a")
+    with torch.inference_mode():
+        logits = tiny[0](question.input_ids).logits[0, -1]
+    pair = logits[[question.target[0], question.foil[0]]].softmax(dim=0)[0].item()
+    assert percent(logits.softmax(dim=0)[question.target[0]].item()) in summary.answered
+    assert summary.answered.endswith(f"Had it to be one of the two: {percent(pair)}.")
+    for sentence, found in zip(summary.removed, summary.without, strict=True):
+        after = percent(found.against)
+        falls = "falls" if found.against < pair else "rises"
+        moves = f"{falls} from {percent(pair)} to {after}"
+        assert (f"stays at {after}" if after == percent(pair) else moves) in sentence
+    assert [found.units for found in summary.without[:-1]] == [(u,) for u in summary.strongest]
+    assert summary.without[-1].units == summary.strongest
+
+
+def test_on_a_linear_model_the_strongest_units_are_those_with_the_largest_scores(linear, tiny):
+    summary, question, results, _ = summary_of(linear, tiny[1], "abcdef", ["occlusion", "random"])
+    scores = results["occlusion"].scores
+    written = [i for i, unit in enumerate(question.units) if unit.part == "prompt"]
+    best = sorted(written, key=lambda i: -scores[i])[:3]
+    assert list(summary.strongest) == best
+    assert summary.without[0].moved == pytest.approx(scores[best[0]].item(), abs=1e-4)
+
+
+# --- whom to trust -----------------------------------------------------------------------------
+
+
+def test_the_trusted_method_that_erasing_bears_out_best_is_shown():
+    assert most_trusted({"shapley": 9.0, "occlusion": 2.0, "relevance": 3.0}) == "relevance"
+    assert most_trusted({name: 1.0 for name in reversed(TRUSTED)}) == TRUSTED[0]
+    assert most_trusted({"random": 5.0, "saliency": 1.0, "attention": 2.0}) == "attention"
+    assert most_trusted({"random": 5.0}) == "random"
+
+
+def borne_out(tiny, beats, first, moved, methods=TRUSTED):
+    """``borne_out`` of made-up findings about a real question."""
+    from helpers.summary import Without, _trust
+
+    question = ask(*tiny, "The keys to")
+    order = {name: [place, 2, 3] for name, place in zip(methods, first, strict=True)}
+    tested = pd.DataFrame({"beats_random": beats}, index=list(methods))
+    found = [Without((first[0],), -2.0, None, moved)]
+    return _trust(question, methods[0], order, found, tested)
+
+
+def test_trust_takes_three_tests(tiny):
+    assert borne_out(tiny, 1.0, [1, 1, 1], 2.0)[0] == "yes"
+    assert borne_out(tiny, 0.6, [1, 1, 1], 2.0)[0] == "weak"
+    level, sentences = borne_out(tiny, 1.0, [1, 4, 1], 2.0)
+    assert level == "weak" and "Methods differ" in sentences[-1]
+    level, sentences = borne_out(tiny, 1.0, [1, 1, 1], 0.3)
+    assert level == "no" and "does not even halve" in sentences[0]
+    assert borne_out(tiny, 1.0, [1], 2.0, ["occlusion"])[0] == "weak"
+
+
+def test_of_a_long_answer_a_tokens_probability_is_told_and_each_token_by_itself(bundled):
+    question = ask(*bundled, "One, two, three,", answer=8)
+    results = {"occlusion": attribute(bundled[0], question, "occlusion", each=True)}
+    tested = against_random(bundled[0], question, results, steps=2, count=4)
+    summary = summarise(bundled[0], question, results, tested)
+    mean = question.probability ** (1 / len(question.target))
+    assert f"{percent(mean)} a token in the geometric mean" in summary.answered
+    assert "the probability of a token of the answer" in summary.removed[0]
+    shown = html.unescape(summary._repr_html_())
+    assert shown.count("<details>") == len(question.target) == len(summary.outputs)
+    last = summary.each[-1]
+    usable = [i for i, unit in enumerate(question.units) if unit.part != "template"]
+    best = max(usable, key=lambda i: float(last[i]))
+    assert f"{quoted(question.units[best].label)} {last[best]:+.2f}" in shown.split("<details>")[-1]
+
+
+def test_a_chat_template_is_never_among_the_strongest(bundled):
+    summary, question, _, _ = summary_of(
+        *bundled, [{"role": "user", "content": "Name a colour"}], target="Red", units="words"
+    )
+    assert all(question.units[unit].part == "user" for unit in summary.strongest)
+    text = summary._repr_html_()
+    assert "<|im_start|>" not in html.unescape(text) and '<b class="part">user</b>' in text
+
+
+# --- what is shown -----------------------------------------------------------------------------
+
+
+def test_a_known_answer_is_summed_up_right(bundled):
+    summary, *_ = summary_of(
+        *bundled, "The capital city of Latvia is", target=" Riga", foil=" Tallinn", units="words"
+    )
+    assert summary.heading == "Why “Riga” rather than “Tallinn”?"
+    assert summary.top_units["occlusion"][0] == " Latvia"
+    assert summary.removed[0].startswith("Without “Latvia” “Riga” against “Tallinn” falls from")
+    assert summary.borne_out == "yes" and summary.method in TRUSTED
+    facts = summary.facts()
+    assert facts["top_units"] == summary.top_units and facts["trust"]["borne_out"] == "yes"
+    assert facts["without"][0]["units"] == [" Latvia"]
+
+
+def test_text_is_never_markup_and_the_style_is_not_the_prompts():
+    labels = ["<script>", "&amp;", "\"'", " </div>"]
+    shown = coloured_text(labels, [1.0, -2, 3, 0], ["prompt"] * 4, [2])
+    assert re.findall(r"<(\w+)", shown) == ["pre", "span", "span", "span", "mark", "sup"]
+    assert "".join(map(html.escape, labels[:2])) in re.sub(r"</?span[^>]*>", "", shown)
+
+
+def test_colour_is_by_amount_and_in_long_texts_by_rank():
+    few = coloured_text(["a", "b", "c"], [4.0, -2.0, 0.0], ["prompt"] * 3)
+    assert re.findall(r'"(up\d+|down\d+)"', few) == ["up10", "down5"] and few.endswith("c</pre>")
+    scores = np.zeros(4 * FEW)
+    scores[7], scores[9], scores[11] = 1000, -3, 2  # one that would leave the others white
+    many = coloured_text(["x"] * len(scores), scores, ["prompt"] * len(scores))
+    assert re.findall(r'"(up\d+|down\d+)"', many) == ["up10", "down10", "up10"]
+
+
+def test_an_excerpt_keeps_the_beginning_and_what_is_strongest():
+    labels = [f" word{i}" for i in range(1000)]
+    scores = np.zeros(1000)
+    scores[700] = 5
+    shown = coloured_text(labels, scores, ["prompt"] * 1000, [700], most=300)
+    assert "word700" in shown and " word0 word1" in shown and "word400" not in shown
+    assert len(re.sub("<[^>]*>", "", shown)) < 500 and shown.count("…") == 2
+
+
+@pytest.mark.parametrize(
+    "share, text",
+    [
+        (1.0, "100 %"),
+        (0.9999, "over 99.9 %"),
+        (0.314, "31 %"),
+        (0.0951, "9.5 %"),
+        (2.1e-3, "0.21 %"),
+        (1e-9, "under 0.001 %"),
+    ],
+)
+def test_a_probability_has_the_digits_that_people_read(share, text):
+    assert percent(share) == text
+
+
+def test_words_are_quoted_as_people_write_them():
+    assert quoted(" Riga") == "“Riga”" and quoted("\n") == "“\\n”"
+    assert len(quoted("x" * 500)) <= FEW + 2
+
+
+def test_show_gives_back_what_it_shows(tiny, capsys):
+    summary = show(*_question(tiny), methods=["occlusion", "relevance"])
+    assert summary.heading in capsys.readouterr().out
+    again = show(*_question(tiny), results={"occlusion": attribute(*_question(tiny), "occlusion")})
+    assert again.method == "occlusion" and len(again.strongest) == 3
+
+
+def _question(tiny):
+    return tiny[0], ask(*tiny, "The keys to")
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+
+def test_a_score_is_a_row_and_a_method_is_a_row(tiny):
+    _, question, results, tested = summary_of(*tiny)
+    scores = score_table(question, results)
+    assert len(scores) == len(results) * len(question.units)
+    own = scores[scores["method"] == "occlusion"]
+    assert own["score"].tolist() == results["occlusion"].scores.tolist()
+    assert "".join(own["label"]) == "The keys to the"
+    spans = zip(own["start"], own["end"], strict=True)
+    assert [(a, b) for a, b in spans] == [
+        (min(unit.positions), max(unit.positions) + 1) for unit in question.units
+    ]
+    methods = method_table(question, results, tested, "keys")
+    order = results["occlusion"].scores.argsort(descending=True).tolist()
+    positions = {p for place in question.places("keys") for p in place}
+    rank = 1 + min(order.index(i) for i in range(len(order)) if i in positions)
+    row = methods.set_index("method").loc["occlusion"]
+    assert row["evidence_rank"] == rank and row["strongest unit"] == question.labels[order[0]]
+    assert row["beats_random"] == tested.loc["occlusion", "beats_random"]
+    assert math.isnan(method_table(question, results, tested)["evidence_rank"].iloc[0])
