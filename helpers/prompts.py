@@ -27,7 +27,7 @@ from helpers.errors import InputError
 ROLES = ("system", "user", "assistant")
 PARTS = ("template", *ROLES, "prompt", "answer")
 UNITS = ("tokens", "words", "sentences", "turns")
-_FINE = UNITS[:2]  # whose template is not one unit
+FINE = UNITS[:2]  # so small that one replaced leaves a text; their template is not one unit
 _BREAKERS = {"words": WordBreaker, "sentences": SentenceBreaker}
 _LOCALE = "en@ss=standard"  # "Mr." ends no sentence; words of other scripts do not depend on it
 _TRUSTED = ("template", "answer")  # parts in which a control token is one
@@ -599,7 +599,7 @@ def prompt_units(
         stretches = _written(_BREAKERS[how], prompt)
     else:
         stretches = prompt.own
-    fine, begins = how in _FINE, [stretch[0] for stretch in stretches]
+    fine, begins = how in FINE, [stretch[0] for stretch in stretches]
     groups: dict[Any, list[int]] = {}
     for position, part in enumerate(prompt.parts):
         key: Any = ("alone", position) if fine else "template"

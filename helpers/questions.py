@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from helpers.errors import InputError
 from helpers.prompts import (
+    FINE,
     Prompt,
     Unit,
     bad_prompt,
@@ -230,7 +231,7 @@ def read_question(
     _check_tokens(tokenizer, "foil", others or ())
     grouping = "sources" if sources is not None else units
     chat_given = chat or not isinstance(prompt, str)
-    if grouping != "tokens" and not chat_given and sum(p != "template" for p in read.parts) == 1:
+    if grouping not in FINE and not chat_given and sum(p != "template" for p in read.parts) == 1:
         raise InputError(
             f"The prompt is one token, which cannot be grouped into {grouping}: leave units out.",
             field="units" if sources is None else "sources",

@@ -97,7 +97,7 @@ class Summary:
         told = f"After this prompt the model goes on with {target}: {share}."
         if question.rank != 1:
             before = question.input_ids[0].tolist()
-            own = token_labels(question.tokenizer, [question.top], before)[0]
+            own = token_labels(question.tokenizer, [question.top or 0], before)[0]
             goes_on = f"{quoted(own)} ({percent(question.top_probability or 0.0)})"
             told = f"Asked about {target}: {share}. The model itself goes on with {goes_on}."
         if self.whole.against is None:
@@ -139,9 +139,9 @@ class Summary:
                 for some in (self.whole, found)
             ]
             if both[0] == both[1]:
-                told.append(f"Without {name} {what} stays at {both[0]}.")
+                told.append(f"Without {name}, {what} stays at {both[0]}.")
             else:
-                told.append(f"Without {name} {what} {falls} from {both[0]} to {both[1]}.")
+                told.append(f"Without {name}, {what} {falls} from {both[0]} to {both[1]}.")
         return told
 
     def facts(self) -> dict[str, Any]:
@@ -176,7 +176,6 @@ class Summary:
             self.strongest,
             signed=self.signed,
         )
-        told = {"yes": "Borne out.", "weak": "Weakly borne out.", "no": "Not borne out."}
         body = [
             f"<style>{stylesheet()}</style>",
             f"<h1>{html.escape(self.heading)}</h1>",
@@ -187,12 +186,18 @@ class Summary:
             *(f'<li dir="auto">{html.escape(line)}</li>' for line in self._each),
             "</ol>",
             *(f"<p>{html.escape(line)}</p>" for line in self._together),
-            f'<p class="trust {self.borne_out}"><b>{told[self.borne_out]}</b> '
+            f'<p class="trust {self.borne_out}"><b>{self.verdict}</b> '
             f"{html.escape(' '.join(self.trust))}</p>",
             *(f'<p class="warning">{html.escape(note)}</p>' for note in self.question.notes),
             *self._outputs_html(),
         ]
         return f'<div class="summary">{"".join(body)}</div>'
+
+    @property
+    def verdict(self) -> str:
+        """Whether the tests bear the strongest units out, in two words."""
+        told = {"yes": "Borne out.", "weak": "Weakly borne out.", "no": "Not borne out."}
+        return told[self.borne_out]
 
     def _outputs_html(self):
         """What each token of the answer came from: a line each, which opens."""
@@ -243,7 +248,7 @@ def summarise(
     result = results[method]
     first = {name: written_first(question, some)[:STRONGEST] for name, some in results.items()}
     strongest = first[method]
-    groups = [(unit,) for unit in strongest]
+    groups: list[tuple[int, ...]] = [(unit,) for unit in strongest]
     groups += [tuple(strongest)] if len(strongest) > 1 else []
     whole, *found = probabilities_without(model, question, [(), *groups])
     borne_out, sentences = _trust(question, method, first, found, tested)
@@ -263,20 +268,19 @@ def summarise(
     )
 
 
-def show(
-    model: Any,
-    question: Question,
-    methods: Sequence[str] = TRUSTED,
-    results: Mapping[str, Attribution] | None = None,
+def explain(
+    model: Any, question: Question, methods: Sequence[str] = TRUSTED, seed: int = 0
 ) -> Summary:
-    """Show what the model relied on for ``question``, and return it as a ``Summary``.
+    """What the model relied on for ``question``, by ``methods`` and their test by erasure."""
+    ((question, results),) = attribute_all(model, [question], methods)
+    steps = min(len(question.units), max(2, 330 // len(question.labels)))
+    tested = against_random(model, question, results, seed=seed, steps=steps)
+    return summarise(model, question, results, tested)
 
-    ``results`` are those of ``attribute_all``, or are made here by ``methods``.
-    """
-    if results is None:
-        ((question, results),) = attribute_all(model, [question], methods)
-    tested = against_random(model, question, dict(results), steps=8)
-    found = summarise(model, question, results, tested)
+
+def show(model: Any, question: Question, methods: Sequence[str] = TRUSTED) -> Summary:
+    """Show in a notebook what ``explain`` finds, and return it."""
+    found = explain(model, question, methods)
     display(found)
     return found
 
@@ -373,7 +377,7 @@ def coloured_text(
     who wrote what stands before it. With ``most``, of a longer text only about so many characters
     around the strongest units are shown.
     """
-    shades = _shades(np.asarray(scores, dtype=float), parts, signed)
+    faces = shades(np.asarray(scores, dtype=float), parts, signed)
     shown = _around(labels, parts, strongest, most)
     written, part, gap = [], "prompt", False
     for place, label in enumerate(labels):
@@ -388,7 +392,7 @@ def coloured_text(
         if gap:
             written.append('<span class="gap"> … </span>')
             gap = False
-        written.append(_unit(label, shades[place], place, strongest))
+        written.append(_unit(label, faces[place], place, strongest))
     if gap:
         written.append('<span class="gap"> …</span>')
     # elsewhere than in <pre> a page may lose spaces
@@ -406,22 +410,23 @@ def _unit(label, shade, place, strongest):
     return f'<span class="{side}{abs(shade)}">{text}</span>'
 
 
-def _shades(scores, parts, signed):
+def shades(scores: Any, parts: Sequence[str], signed: bool) -> list[int]:
     """From -10 to 10, one a unit: by amount of a few units, of many the strongest quarter by rank.
 
-    The template's are 0.
+    ``scores`` [units] and ``parts`` hold one value a unit. The template's are 0, and none is
+    negative where the scores have no sign.
     """
     hidden = np.array([part == "template" for part in parts], dtype=bool)
     sizes = np.where(hidden, 0, np.abs(scores))
     signs = np.sign(scores) if signed else np.ones_like(scores)
     if (~hidden).sum() <= FEW:
-        shades = 10 * sizes / max(sizes.max(initial=0.0), 1e-12)
+        sizes = 10 * sizes / max(sizes.max(initial=0.0), 1e-12)
     else:
         quarter = max(1, int((~hidden).sum()) // 4)
         ranks = np.empty(len(sizes))
         ranks[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
-        shades = np.where(sizes > 0, np.ceil(10 * np.maximum(0, 1 - ranks / quarter)), 0)
-    return (signs * np.round(shades)).astype(int).tolist()
+        sizes = np.where(sizes > 0, np.ceil(10 * np.maximum(0, 1 - ranks / quarter)), 0)
+    return (signs * np.round(sizes)).astype(int).tolist()
 
 
 def _around(labels, parts, strongest, most):

@@ -25,6 +25,11 @@ from llama_reports.versions import code_version, model_digest
 
 PATIENCE = 120  # seconds to wait for a scheduler that went away, or for a first worker
 DEATHS = 1  # workers that may die under a task before it is set aside, on a cluster of our own
+# Dask has workers give every freed page back at once, to be faulted in again by the next row.
+OWN_CLUSTER = {
+    "distributed.scheduler.allowed-failures": DEATHS,
+    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
+}
 
 
 def run_on_cluster(
@@ -116,7 +121,7 @@ def _client(workers, scheduler, patience):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with contextlib.ExitStack() as stack:
         if scheduler is None:
-            stack.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": DEATHS}))
+            stack.enter_context(dask.config.set(OWN_CLUSTER))
             scheduler = stack.enter_context(
                 LocalCluster(
                     n_workers=workers,

@@ -19,15 +19,18 @@ import typer
 from tqdm import tqdm
 from typer.core import TyperGroup
 
+from helpers import ask, load_model
 from helpers.attribution.methods import BUILT_IN
 from helpers.errors import InputError
 from helpers.machine import SlowPrecision
 from helpers.models import BUNDLED
+from helpers.summary import TRUSTED, explain
 from llama_reports.costs import measure, model_shape, needs, slow_dtype
 from llama_reports.estimate import estimate, long_run, refuse_what_does_not_fit
-from llama_reports.files import only_writer, read_mapping
+from llama_reports.files import only_writer, read_mapping, write_whole
 from llama_reports.gallery import write_index
 from llama_reports.jobs import DEFAULT_NOTEBOOK, finished, plan
+from llama_reports.pages import summary_page
 from llama_reports.run import keep_failure, report_source, run_report
 from llama_reports.scores import (
     chunks,
@@ -35,6 +38,7 @@ from llama_reports.scores import (
     finished_ids,
     score_part,
 )
+from llama_reports.terminal import print_summary
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 NAMES = [method.name for method in BUILT_IN] + ["or one of another package"]
@@ -100,7 +104,8 @@ def main_command(
     docs/scores.md describes.
 
     "llama-reports plan --help" tells of the command that plans: what methods take on a prompt of
-    some length, in time and memory. A prompts file of that name is ./plan.
+    some length, in time and memory; "llama-reports ask --help" of the one that asks one question
+    and prints the answer. Prompts files of these names are ./plan and ./ask.
     """
     # what batch systems and containers send first
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -144,6 +149,43 @@ def main_command(
         raise typer.Exit(2) from None
     if failed:
         raise typer.Exit(1)
+
+
+@app.command("ask")
+def ask_command(
+    prompt: Annotated[str, typer.Argument(help="The text that is asked.")],
+    target: Annotated[str | None, typer.Option(help="Why this text comes next.")] = None,
+    foil: Annotated[str | None, typer.Option(help="Rather than this text.")] = None,
+    answer: Annotated[
+        int | None, typer.Option(min=1, help="Explain an answer of at most so many tokens.")
+    ] = None,
+    units: Annotated[
+        str, typer.Option(help="What gets a score: tokens, words, sentences or turns.")
+    ] = "words",
+    chat: Annotated[bool, typer.Option("--chat", help="Through the chat template.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the page to this file, too.")] = None,
+    model: Model = BUNDLED,
+    method: Methods = None,
+    dtype: WeightsDtype = "float32",
+) -> None:
+    """Ask one question: the answer, the words that it hangs on, and whether to believe that.
+
+    The prompt is coloured where the output is a terminal. Without --target and --answer the model's
+    own next token is explained. Mind the space: --target " Riga".
+    """
+    try:
+        if html is not None and not html.parent.is_dir():
+            raise InputError(f"There is no folder {html.parent} for the page: make it first.")
+        loaded, tokenizer = load_model(model, dtype=dtype)
+        asked: dict[str, Any] = {"target": target, "foil": foil, "answer": answer}
+        asked |= {"units": units, "chat": chat}
+        found = explain(loaded, ask(loaded, tokenizer, prompt, **asked), method or TRUSTED)
+        if html is not None:
+            write_whole(html, summary_page(found).encode("utf-8"))
+    except (InputError, OSError) as error:
+        typer.echo(f"Error: {_told(error, html)}", err=True)
+        raise typer.Exit(2) from None
+    print_summary(found)
 
 
 @app.command("plan")
@@ -220,6 +262,7 @@ def _report(task, out, model, threads):
     if finished(job, out):  # by a worker whose word was lost, with a scheduler or with itself
         return read_mapping(out / job.slug / "report.json")
     os.environ["OMP_NUM_THREADS"] = str(threads)  # a worker that others started has its own
+    os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)  # see OWN_CLUSTER in cluster.py
     return run_report(job, out, model, source=source)
 
 

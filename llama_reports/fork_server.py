@@ -59,7 +59,7 @@ def _get_ready(model, dtype):
     import seaborn  # noqa: F401
     from ipykernel import debugger, kernelapp  # noqa: F401
 
-    from helpers import attribution, faithfulness, ground_truth, patching, plots, provenance  # noqa: F401
+    from helpers import attribution, faithfulness, ground_truth, patching, provenance, summary  # noqa: F401
     from helpers.errors import InputError
     from helpers.models import hold_model
 

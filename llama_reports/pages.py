@@ -16,7 +16,7 @@ from nbconvert import HTMLExporter
 from nbconvert.filters import strip_ansi
 from nbconvert.preprocessors import TagRemovePreprocessor
 
-from helpers.summary import stylesheet
+from helpers.summary import Summary, stylesheet
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 FIRST = "first-screen"  # the tag of the cell whose output opens a report's page
@@ -114,13 +114,14 @@ def _text(name):
     return (TEMPLATES / name).read_text(encoding="utf-8")
 
 
-def report_page(notebook: Any, facts: Mapping[str, Any]) -> str:
+def report_page(notebook: Any, facts: Mapping[str, Any], alone: bool = False) -> str:
     """The executed ``notebook`` as one HTML page: no script, nothing fetched, the code folded away.
 
     ``facts`` are those of ``report.json``; ``prompt`` and ``error`` stand at the top. HTML that a
     cell wrote or printed is reduced to prose, tables and pictures; colours of a terminal are left
-    out. Where a cell is tagged ``first-screen``, its output stands before all else. One process
-    builds the exporter once: pages are made one at a time.
+    out. Where a cell is tagged ``first-screen``, its output stands before all else. A page that
+    is ``alone`` has no link to others. One process builds the exporter once: pages are made one at
+    a time.
     """
     style, cells = _style(), list(notebook.cells)
     first = [cell for cell in cells if FIRST in cell.metadata.get("tags", []) and cell.outputs]
@@ -129,6 +130,7 @@ def report_page(notebook: Any, facts: Mapping[str, Any]) -> str:
         cells = [first[0], *cells[place + 1 :], *cells[:place]]
     told = {
         "first": bool(first),
+        "alone": alone,
         "prompt": shown(facts["prompt"]),
         "error": shown(facts["error"] or ""),
         "style": style,
@@ -137,6 +139,15 @@ def report_page(notebook: Any, facts: Mapping[str, Any]) -> str:
     notebook = nbformat.from_dict({**notebook, "cells": cells})
     page, _ = _exporter().from_notebook_node(notebook, {"report": told})
     return shown(page)
+
+
+def summary_page(summary: Summary) -> str:
+    """The page of a summary alone, as it opens a report."""
+    output = nbformat.v4.new_output("display_data", {"text/html": summary._repr_html_()})
+    cell = nbformat.v4.new_code_cell(outputs=[output], metadata={"tags": [FIRST]})
+    prompt = summary.question.prompt
+    facts = {"prompt": prompt if isinstance(prompt, str) else summary.heading, "error": None}
+    return report_page(nbformat.v4.new_notebook(cells=[cell]), facts, alone=True)
 
 
 @cache

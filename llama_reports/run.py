@@ -23,8 +23,10 @@ from llama_reports.pages import report_page
 from llama_reports.versions import code_version
 
 # What a notebook says of itself in summary.json, and report.json passes on.
-SUMMARY = ("heading", "answered", "answer", "probability", "method", "strongest", "top_units")
-SUMMARY += ("without", "trust", "warnings")
+SUMMARY = [
+    *("heading", "answered", "answer", "probability", "method", "strongest", "top_units"),
+    *("without", "trust", "warnings"),
+]
 ATTEMPTS = 2  # kernels that may die of one prompt
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 

@@ -25,7 +25,7 @@ from transformers import (
 from helpers.architectures import body_of, once_a_model, pointwise_after_last_attention, stack_of
 from helpers.errors import InputError
 from helpers.machine import free_memory, slow_precision, warn_if_slow
-from helpers.prompts import Unit
+from helpers.prompts import FINE, Unit
 from helpers.questions import Facts, Question, output_logits, read_facts
 
 # rows x seq in one pass. More was no faster on two CPU cores; a GPU wants more, how much more has
@@ -34,7 +34,6 @@ TOKENS_PER_BATCH = {"cpu": 2048, "other": 16_384}
 FULL_PASS = 256  # tokens in a pass from which a processor is about as fast as it gets
 LOGITS_AT_ONCE = {"cpu": 2**25, "other": 2**28}  # numbers of whole vocabularies in one pass
 ROWS_AT_ONCE = {"cpu": 2048, "other": 16_384}  # of the output layer, so that they stay near
-FINE = ("tokens", "words")  # units so small that a replacement in their place still is a text
 PRECISIONS = {"bfloat16": torch.bfloat16}
 
 

@@ -159,7 +159,7 @@ def test_a_known_answer_is_summed_up_right(bundled):
     )
     assert summary.heading == "Why “Riga” rather than “Tallinn”?"
     assert summary.top_units["occlusion"][0] == " Latvia"
-    assert summary.removed[0].startswith("Without “Latvia” “Riga” against “Tallinn” falls from")
+    assert summary.removed[0].startswith("Without “Latvia”, “Riga” against “Tallinn” falls from")
     assert summary.borne_out == "yes" and summary.method in TRUSTED
     facts = summary.facts()
     assert facts["top_units"] == summary.top_units and facts["trust"]["borne_out"] == "yes"
@@ -212,14 +212,9 @@ def test_words_are_quoted_as_people_write_them():
 
 
 def test_show_gives_back_what_it_shows(tiny, capsys):
-    summary = show(*_question(tiny), methods=["occlusion", "relevance"])
+    summary = show(tiny[0], ask(*tiny, "The keys to"), ["occlusion", "relevance"])
     assert summary.heading in capsys.readouterr().out
-    again = show(*_question(tiny), results={"occlusion": attribute(*_question(tiny), "occlusion")})
-    assert again.method == "occlusion" and len(again.strongest) == 3
-
-
-def _question(tiny):
-    return tiny[0], ask(*tiny, "The keys to")
+    assert set(summary.top_units) == {"occlusion", "relevance"} and len(summary.strongest) == 3
 
 
 # --- tables ------------------------------------------------------------------------------------

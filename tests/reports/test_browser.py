@@ -417,7 +417,7 @@ def test_a_thousand_reports_are_sorted_and_what_is_missing_comes_last(page, many
     assert order(page)[:2] == ["r000", "r001"] and set(order(page)[-12:]) == set(written[:12])
     press(page, "Gap")
     assert gap.get_attribute("aria-sort") == "none" and order(page) == written
-    press(page, "Prompt")  # numbers inside a text by value
+    press(page, "Question")  # numbers inside a text by value
     assert order(page)[11:15] == ["r920", "r000", "r001", "r002"]
     assert gap.get_attribute("aria-sort") == "none"
     page.get_by_role("combobox", name="Method").select_option("saliency")

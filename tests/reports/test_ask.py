@@ -1,0 +1,68 @@
+"""One question on the command line: what is printed, what is written, and that no text acts."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from helpers import ask
+from helpers.summary import explain
+from llama_reports.terminal import print_summary
+
+
+def command(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "llama_reports", "ask", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, env=environment)
+
+
+def test_a_question_is_answered_in_plain_text_and_on_a_page(tmp_path):
+    page = tmp_path / "one.html"
+    question = ["The capital city of Latvia is", "--target", " Riga", "--foil", " Tallinn"]
+    done = command(*question, "--html", page)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "Why “Riga” rather than “Tallinn”?" and "\x1b" not in done.stdout
+    assert any(" Latvia[1]" in line for line in lines)
+    assert any(
+        line.startswith("1. Without “Latvia”, “Riga” against “Tallinn” falls") for line in lines
+    )
+    text = page.read_text(encoding="utf-8")
+    assert "<mark> Latvia<sup>1</sup></mark>" in text and "All reports" not in text
+    assert "Content-Security-Policy" in text and "<script" not in text
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["Hello", "--model", "./no-such-folder"], "There is no model folder"),
+        (["Hello there", "--units", "verses"], "There are no units 'verses'"),
+        (["  "], "The prompt is empty"),
+        (["Hello there", "--target", "a", "--answer", "3"], "not both"),
+        (
+            ["Hello there", "--html", "/no/such/folder/one.html"],
+            "There is no folder /no/such/folder",
+        ),
+    ],
+)
+def test_what_cannot_be_asked_is_one_sentence(arguments, complaint):
+    done = command(*arguments)
+    assert done.returncode == 2 and complaint in done.stderr and not done.stdout
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_no_character_of_a_prompt_acts_on_the_terminal(tiny):
+    question = ask(*tiny, "\x1b[31mred\x1b]0;title\x07 [bold]not bold[/bold]\r\x9b", target="\x1b")
+    for colours in (None, "truecolor"):
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=bool(colours), color_system=colours)
+        print_summary(explain(tiny[0], question, ["occlusion"]), console)
+        printed = file.getvalue()
+        own = printed.replace("\x1b[0m", "")
+        for piece in own.split("\x1b")[1:]:  # rich's own: a style and nothing else
+            assert piece.startswith("[") and piece[1 : piece.index("m")].replace(";", "").isdigit()
+        assert ("\x1b" in printed) == bool(colours)
+        assert not {"\x07", "\r", "\x9b"} & set(printed)
