@@ -1,5 +1,6 @@
 """The pages in a real browser, from files, with the network off."""
 
+import json
 import re
 import shutil
 from urllib.parse import quote
@@ -163,6 +164,27 @@ def test_index_leads_to_a_report_with_its_figures_and_no_network(page, reports):
     assert all(width > 100 for width in loaded_pictures(page))
     assert not [url for url in page.asked if not url.startswith(("file:", "data:"))]
     assert not page.complaints
+
+
+@pytest.mark.parametrize("width", [1400, 420])
+def test_a_reports_first_screen_answers_before_anything_else(page, reports, width):
+    folder, _ = reports
+    told = json.loads((folder / "plain" / "report.json").read_text(encoding="utf-8"))
+    page.set_viewport_size({"width": width, "height": 900})
+    page.goto((folder / "plain" / "report.html").as_uri())
+    assert page.locator("h1").all_text_contents() == [told["heading"]]
+    assert page.locator(".answered").text_content() == told["answered"]
+    numbers = page.locator(".coloured mark sup").all_text_contents()
+    assert sorted(numbers) == ["1", "2", "3"] and len(told["strongest"]) == 3
+    assert page.locator(".summary ol li").count() == 3
+    trust = page.locator(".trust")
+    assert trust.text_content().endswith(" ".join(told["trust"]["sentences"]))
+    assert trust.bounding_box()["y"] < 900 and page.locator("blockquote").count() == 0
+    first = page.locator("main").inner_text().splitlines()[0]
+    assert first == told["heading"] and "code" not in page.locator(".summary").inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    top = told["top_units"][told["method"]]
+    assert [row["units"] for row in told["without"]][:3] == [[unit] for unit in top]
 
 
 def test_a_hostile_prompt_is_shown_as_text_and_runs_nothing(page, reports, hostile):
