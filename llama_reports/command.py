@@ -39,6 +39,7 @@ from llama_reports.scores import (
     score_part,
 )
 from llama_reports.terminal import print_summary
+from llama_reports.two_runs import compare_runs
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 NAMES = [method.name for method in BUILT_IN] + ["or one of another package"]
@@ -104,8 +105,9 @@ def main_command(
     docs/scores.md describes.
 
     "llama-reports plan --help" tells of the command that plans: what methods take on a prompt of
-    some length, in time and memory; "llama-reports ask --help" of the one that asks one question
-    and prints the answer. Prompts files of these names are ./plan and ./ask.
+    some length, in time and memory; "ask --help" of the one that asks one question and prints the
+    answer; "compare --help" of the one that compares two folders of reports. Prompts files of these
+    names are ./plan, ./ask and ./compare.
     """
     # what batch systems and containers send first
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -186,6 +188,23 @@ def ask_command(
         typer.echo(f"Error: {_told(error, html)}", err=True)
         raise typer.Exit(2) from None
     print_summary(found)
+
+
+@app.command("compare")
+def compare_command(
+    first: Annotated[Path, typer.Argument(help="Folder of reports.")],
+    second: Annotated[Path, typer.Argument(help="Another one, with the same ids.")],
+    html: Annotated[
+        Path | None, typer.Option(help="The page; FIRST/compared.html by default.")
+    ] = None,
+) -> None:
+    """Compare the reports of two folders by id: answers, strongest words, and what moved."""
+    try:
+        page = compare_runs(first, second, html)
+    except (InputError, OSError) as error:
+        typer.echo(f"Error: {_told(error, html or first)}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(f"Open {page.resolve()}")
 
 
 @app.command("plan")

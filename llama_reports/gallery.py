@@ -110,15 +110,28 @@ class Report:
         """A sentence of ``report.json``, empty without it."""
         return said if isinstance(said := self.facts.get(name), str) else ""
 
+    def share(self, name: str) -> float | None:
+        """A number of ``report.json`` from 0 to 1, ``None`` without it."""
+        return _share(self.facts.get(name))
+
+    @property
+    def excerpt(self) -> str:
+        """The beginning of the prompt."""
+        return self.prompt if len(self.prompt) <= EXCERPT else f"{self.prompt[:EXCERPT]}…"
+
+    def scores_of(self, method: str) -> dict[str, list]:
+        """Columns of ``scores.csv`` that are of ``method``, of all outputs together, by name."""
+        if self.scores is None:
+            return {name: [] for name in SCORES}
+        own = pc.and_(pc.equal(self.scores["method"], method), pc.is_null(self.scores["output"]))
+        return self.scores.filter(own).to_pydict()
+
     @cached_property
     def coloured(self) -> Markup | None:
         """The prompt coloured by the method that the report trusts most; None if it names none."""
-        method, strongest = self.told("method"), self.facts.get("strongest")
-        if self.scores is None or not isinstance(strongest, list):
-            return None
-        own = pc.and_(pc.equal(self.scores["method"], method), pc.is_null(self.scores["output"]))
-        units = self.scores.filter(own).to_pydict()
-        if not units["label"] or any(row not in range(len(units["label"])) for row in strongest):
+        units, strongest = self.scores_of(self.told("method")), self.facts.get("strongest")
+        places = range(len(units["label"]))
+        if not places or not isinstance(strongest, list) or not all(i in places for i in strongest):
             return None
         scores = np.nan_to_num(np.array(units["score"], dtype=float))
         labels = [shown(label) for label in units["label"]]

@@ -41,7 +41,7 @@ MOST_NODES = 10_000  # of a YAML entry: keys, values and what an alias repeats
 _SLUG = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,78}[A-Za-z0-9_-])?")
 # what an output folder holds beside reports, and what Windows keeps for its devices
 _RESERVED = re.compile(
-    r"index\.html|comparison\.html|scores|scores\.parquet|evidence|prompts|figures"
+    r"index\.html|comparison\.html|compared\.html|scores|scores\.parquet|evidence|prompts|figures"
     r"|(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?"
 )
 _UNTEXT = re.compile("[\x00\ud800-\udfff]")
