@@ -3,23 +3,21 @@
 import errno
 import json
 import os
-import re
-import sys
 import tempfile
 import time
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import nbformat
 import papermill
 from nbclient.exceptions import DeadKernelError
 
 from helpers.models import BUNDLED, public_name
 from llama_reports.files import UNFINISHED, move_into_place, read_mapping
-from llama_reports.jobs import NOTEBOOKS, Job, literal
+from llama_reports.jobs import Job, literal
 from llama_reports.pages import report_page
+from llama_reports.privacy import private
 from llama_reports.versions import code_version
 
 # What a notebook says of itself in summary.json, and report.json passes on.
@@ -28,7 +26,6 @@ SUMMARY = [
     *("without", "trust", "warnings"),
 ]
 ATTEMPTS = 2  # kernels that may die of one prompt
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 
 
 _code_version = cache(code_version)  # what this process runs, whatever becomes of the files
@@ -119,7 +116,7 @@ def _finish(work, out, job, model, error, attempts=ATTEMPTS, seconds=0.0):
     figures.mkdir()
     for file in [*work.glob("*.png"), *work.glob("*.svg")]:
         file.rename(figures / file.name)
-    hidden = _private(work)
+    hidden = private(model, {work: ".", out: "…", job.notebook.parent: "…"})
     facts = {
         "slug": job.slug,
         "prompt": job.prompt,
@@ -135,43 +132,21 @@ def _finish(work, out, job, model, error, attempts=ATTEMPTS, seconds=0.0):
     }
     told = read_mapping(work / "summary.json")  # of a notebook that has come so far
     facts = {name: told[name] for name in SUMMARY if name in told} | facts
-    facts = _without(hidden, facts)
+    facts = hidden.without(facts)
     notebook = nbformat.read(work / "report.ipynb", as_version=4)
     _clean(notebook, hidden, facts)
     nbformat.write(notebook, work / "report.ipynb")
     (work / "report.html").write_text(report_page(notebook, facts), encoding="utf-8")
     (work / "report.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    hidden.clean(work)
     move_into_place(work, out / job.slug)
     return facts
-
-
-def _private(work):
-    """What must not be passed on, and what is shown instead: local paths, and secrets."""
-    hidden = {str(work): ".", str(NOTEBOOKS.parent): "…", sys.prefix: "…", str(Path.home()): "~"}
-    secrets = [value for name, value in os.environ.items() if _SECRET.search(name)]
-    secrets.append(huggingface_hub.get_token() or "")
-    return hidden | {secret: "…" for secret in secrets if len(secret) >= 8}
-
-
-def _without(hidden, value):
-    """``value``, texts in lists and dicts, with what is ``hidden`` replaced."""
-    if isinstance(value, str):
-        for private, shown in hidden.items():
-            value = value.replace(private, shown)
-    elif isinstance(value, list):
-        value = [_without(hidden, item) for item in value]
-    elif isinstance(value, dict):
-        value = {key: _without(hidden, item) for key, item in value.items()}
-    return value
 
 
 def _clean(notebook, hidden, facts):
     about = notebook.metadata.get("papermill", {})
     about.update(input_path=f"{facts['notebook']}.ipynb", output_path="report.ipynb")
     about.pop("environment_variables", None)
-    about["parameters"] = _without(hidden, dict(about.get("parameters", {})))
+    notebook.metadata = nbformat.from_dict(hidden.without(dict(notebook.metadata)))
     for cell in notebook.cells:
-        if "injected-parameters" in cell.metadata.get("tags", []):
-            cell.source = _without(hidden, cell.source)
-        for output in cell.get("outputs", []):
-            output.update(_without(hidden, dict(output)))
+        cell.update(nbformat.from_dict(hidden.without(dict(cell))))

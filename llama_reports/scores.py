@@ -28,6 +28,7 @@ from helpers.provenance import provenance
 from helpers.questions import Question, read_question
 from llama_reports.files import write_whole
 from llama_reports.jobs import Job
+from llama_reports.privacy import private
 from llama_reports.versions import code_version
 
 DEFAULT_METHODS = ("relevance", "saliency", "gradient_x_input", "random")
@@ -170,7 +171,8 @@ def score_part(
         clock.append(time.perf_counter())
         answers = _answers(loaded, jobs, asked, methods or supported, each)
         clock.append(time.perf_counter())
-        tables = _tables(tokenizer, jobs, answers, methods or DEFAULT_METHODS, origin)
+        told = origin, private(model)
+        tables = _tables(tokenizer, jobs, answers, methods or DEFAULT_METHODS, *told)
         written = sum(_write(Path(out, folder, name), table) for folder, table in tables)
         clock.append(time.perf_counter())
     spent = [after - before for before, after in pairwise(clock)]
@@ -262,12 +264,16 @@ def _checked(answer):
 # --- the tables --------------------------------------------------------------------------------
 
 
-def _tables(tokenizer, jobs, answers, methods, origin):
-    """``(folder, table)`` in the order they are written, ``prompts`` last."""
+def _tables(tokenizer, jobs, answers, methods, origin, hidden):
+    """``(folder, table)`` in the order they are written, ``prompts`` last.
+
+    Nothing ``hidden`` stands in an error.
+    """
     scores, evidence, prompts = defaultdict(lambda: defaultdict(list)), defaultdict(list), []
     for job, answer in zip(jobs, answers, strict=True):
         prompts.append(origin | _prompt_row(tokenizer, job, answer, _methods(job, methods)))
         if isinstance(answer, Exception):
+            prompts[-1]["error"] = hidden.without(_told(answer))[:2000]
             continue
         _, results = answer
         losses = results["occlusion"].scores if "occlusion" in results else None
@@ -331,7 +337,7 @@ def _prompt_row(tokenizer, job, answer, methods):
         "methods": list(methods),
     }
     if isinstance(answer, Exception):
-        return row | {"tokens": job.tokens, "left_out": [], "error": _told(answer)}
+        return row | {"tokens": job.tokens, "left_out": []}
     question, results = answer
     told = [note for result in results.values() for note in result.notes]  # the question's, too
     return row | {
@@ -356,7 +362,7 @@ def _text(text):
 
 def _told(error):
     message = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-    return _text(message)[:2000]
+    return _text(message)
 
 
 def _write(path, table):
