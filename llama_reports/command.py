@@ -1,10 +1,13 @@
 """The command line: ``llama-reports``, or ``python -m llama_reports``."""
 
 import errno
+import json
 import os
+import re
 import signal
 import warnings
 from contextlib import closing, suppress
+from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,7 +34,7 @@ from llama_reports.files import only_writer, read_mapping, write_whole
 from llama_reports.gallery import write_index
 from llama_reports.jobs import DEFAULT_NOTEBOOK, finished, plan
 from llama_reports.pages import summary_page
-from llama_reports.run import keep_failure, report_source, run_report
+from llama_reports.run import TIMEOUT, keep_failure, report_source, run_report
 from llama_reports.scores import (
     chunks,
     discard_unfinished,
@@ -43,6 +46,8 @@ from llama_reports.two_runs import compare_runs
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 NAMES = [method.name for method in BUILT_IN] + ["or one of another package"]
+# of a terminal, and what turns the direction of a text
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 REPORTS = "reports"  # the command that needs no name
 Model = Annotated[str, typer.Option(help="Bundled, hub name, folder or .gguf.")]
 Methods = Annotated[
@@ -90,6 +95,18 @@ def main_command(
     scores_only: Annotated[
         bool, typer.Option("--scores-only", help="No notebooks: batches, and Parquet in OUT.")
     ] = False,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds that a report, and any cell of it, may take.")
+    ] = TIMEOUT,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only the entry of this id (repeatable).")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Only what failed before.")
+    ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace reports of another model in OUT.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run, and what it takes.")
     ] = False,
@@ -114,22 +131,24 @@ def main_command(
     try:
         if workers is not None and scheduler is not None:
             raise InputError("--workers starts a cluster and --scheduler joins one: give one.")
+        if scores_only and (only or retry_failed):
+            raise InputError("--only and --retry-failed choose reports: drop --scores-only.")
         options: dict[str, Any] = {"model": model, "notebook": notebook, "dtype": dtype}
+        options["replace"] = replace
         jobs = plan(prompts, out=out, folders=not scores_only, methods=method or (), **options)
         scored = cache(finished_ids)  # looked up where it is asked for
-        done = (
-            (lambda job: job.identity in scored(out)) if scores_only else partial(finished, out=out)
-        )
+        skipped = _skipped(jobs, out, only or (), retry_failed)
+        done = (lambda job: job.identity in scored(out)) if scores_only else skipped
         given: dict[str, Any] = {"scores_only": scores_only, "done": done}
         planned = partial(estimate, jobs, out, threads=threads, **given)
         if scheduler is None and (slow := slow_dtype(model, dtype, threads)):
-            typer.echo(f"Note: {slow}", err=True)
+            _say(f"Note: {slow}", err=True)
             warnings.simplefilter("ignore", SlowPrecision)  # load_model would say it again
         if workers == 0:
             fit = int(0.8 * psutil.virtual_memory().available / max(1, planned(workers=1).memory))
-            workers = max(1, min(len(os.sched_getaffinity(0)) // threads, fit, len(jobs)))
+            workers = max(1, min(_cores() // threads, fit, len(jobs)))
         if dry_run:
-            typer.echo(planned(workers=workers or 1).text)
+            _say(planned(workers=workers or 1).text)
         if scheduler is None:  # else the memory is that of other machines
             refuse_what_does_not_fit(jobs, workers=workers or 1, **given)
         if dry_run:
@@ -137,17 +156,17 @@ def main_command(
         if scheduler is None:
             told = long_run(jobs, out, threads=threads, workers=workers or 1, **given)
             if told:
-                typer.echo(told, err=True)
+                _say(told, err=True)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for the kernels, and a cluster of our own
-        run = _score_all if scores_only else _report_all
+        run = _score_all if scores_only else partial(_report_all, done=done, timeout=timeout)
         with only_writer(out):
             failed, interrupted = run(jobs, out, (workers, scheduler), threads)
             if interrupted:
                 stopped = "Stopped. What was finished is kept, and the same command goes on."
-                typer.echo(stopped, err=True)
+                _say(stopped, err=True)
                 raise typer.Exit(130)
     except (InputError, OSError) as error:
-        typer.echo(f"Error: {_told(error, out)}", err=True)
+        _say(f"Error: {_told(error, out)}", err=True)
         raise typer.Exit(2) from None
     if failed:
         raise typer.Exit(1)
@@ -226,9 +245,47 @@ def plan_command(
         options: dict[str, Any] = {"dtype": dtype, "machine": machine}
         found = [needs(model, length, method, **options) for length in tokens]
     except (InputError, OSError) as error:
-        typer.echo(f"Error: {_told(error, model)}", err=True)
+        _say(f"Error: {_told(error, model)}", err=True)
         raise typer.Exit(2) from None
-    typer.echo("\n\n".join([found[0].heading, *(need.text for need in found)]))
+    _say("\n\n".join([found[0].heading, *(need.text for need in found)]))
+
+
+def _skipped(jobs, out, only, retry_failed):
+    """What says of a job that it is not to be run: it is finished, or was not chosen."""
+    known = {job.slug for job in jobs} if only else only
+    unknown = [name for name in only if name not in known]
+    if unknown:
+        raise InputError(
+            f"{jobs.path} has no entry {unknown[0]!r} for --only: give its id, or the name of its "
+            "folder."
+        )
+
+    def skipped(job):
+        failed = read_mapping(out / job.slug / "report.json").get("error") is not None
+        chosen = (not only or job.slug in only) and (failed or not retry_failed)
+        return not chosen or finished(job, out)
+
+    return skipped
+
+
+def _cores():
+    """The cores that this process may use, where the system says so; else all."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not on macOS or Windows
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def _say(text, err=False):
+    """Print a text, whatever it quotes: nothing in it can steer the terminal."""
+    typer.echo(_STEERING.sub(lambda found: ascii(found[0])[1:-1], text), err=err)
+
+
+def _log(out, facts):
+    """Add a line on a report to ``out/log.jsonl``, as soon as it ends."""
+    told = {name: facts.get(name) for name in ("slug", "seconds", "memory", "attempts")}
+    ended = datetime.now(UTC).isoformat(timespec="seconds")
+    line = json.dumps({"ended": ended, **told, "failed": facts["error"] is not None})
+    with (out / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write(f"{line}\n")
 
 
 def _told(error, out):
@@ -243,15 +300,17 @@ def _told(error, out):
     return f"{error.strerror or error}: {error.filename or out}"
 
 
-def _report_all(jobs, out, cluster, threads):
-    """Run every job that is not finished, and print what came of it.
+def _report_all(jobs, out, cluster, threads, done, timeout):
+    """Run every job that is not ``done``, and print what came of it.
 
     Returns how many failed, and whether the run was interrupted.
     """
-    open_slugs = {job.slug for job in jobs if not finished(job, out)}
-    left, done, failed, interrupted = len(open_slugs), 0, [], True
+    open_slugs = {job.slug for job in jobs if not done(job)}
+    before = sum(finished(job, out) for job in jobs)
+    left, ended, failed, interrupted = len(open_slugs), 0, [], True
     tasks = ((job, report_source(job.notebook)) for job in jobs if job.slug in open_slugs)
     function = partial(_report, out=out.resolve(), model=jobs.model, threads=threads)
+    function = partial(function, timeout=timeout)
     with (
         suppress(KeyboardInterrupt),
         closing(_results(function, tasks, jobs, out, cluster)) as results,
@@ -260,29 +319,29 @@ def _report_all(jobs, out, cluster, threads):
         for (job, _), facts, error in results:
             if error is not None:
                 facts = keep_failure(job, out, jobs.model, _why(error))
-            done += 1
+            _log(out, facts)
+            ended += 1
             failed += [facts] if facts["error"] else []
             bar.set_postfix_str(job.slug[:40])
             bar.update()
         interrupted = False
     for facts in failed:
-        typer.echo(f"failed: {facts['slug']}: {facts['error'].splitlines()[0]}", err=True)
-    before = len(jobs) - left
-    index = write_index(out) if done or before else None
-    _sum_up("reports", done - len(failed), left, len(failed), before)
+        _say(f"failed: {facts['slug']}: {facts['error'].splitlines()[0]}", err=True)
+    index = write_index(out) if ended or before else None
+    _sum_up("reports", ended - len(failed), left, len(failed), before)
     if index:
-        typer.echo(f"Open {index.resolve()}")
+        _say(f"Open {index.resolve()}")
     return len(failed), interrupted
 
 
-def _report(task, out, model, threads):
+def _report(task, out, model, threads, timeout):
     """One report, in whatever process this is."""
     job, source = task
     if finished(job, out):  # by a worker whose word was lost, with a scheduler or with itself
         return read_mapping(out / job.slug / "report.json")
     os.environ["OMP_NUM_THREADS"] = str(threads)  # a worker that others started has its own
     os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)  # see OWN_CLUSTER in cluster.py
-    return run_report(job, out, model, source=source)
+    return run_report(job, out, model, source=source, timeout=timeout)
 
 
 def _score_all(jobs, out, cluster, threads):
@@ -311,13 +370,13 @@ def _score_all(jobs, out, cluster, threads):
                         continue
                     else:
                         done, failed, told = done + 1, failed + 1, told + 1
-                        typer.echo(f"failed: {part[0].prompt[:60]!r}: {_why(error)}", err=True)
+                        _say(f"failed: {part[0].prompt[:60]!r}: {_why(error)}", err=True)
                     bar.update(len(part))
             parts = halves
         interrupted = False
     _sum_up("prompts", done - failed, len(jobs) - before, failed, before)
     if failed > told:
-        typer.echo(f"What failed is in the column error of {out / 'prompts'}.", err=True)
+        _say(f"What failed is in the column error of {out / 'prompts'}.", err=True)
     return failed, interrupted
 
 
@@ -352,7 +411,7 @@ def _tried(function, task):
 
 def _sum_up(things, done, left, failed, before):
     earlier = f", {before:,} finished before" if before else ""
-    typer.echo(f"{done:,} of {left:,} {things} done, {failed:,} failed{earlier}.")
+    _say(f"{done:,} of {left:,} {things} done, {failed:,} failed{earlier}.")
 
 
 def _why(error):

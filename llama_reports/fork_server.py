@@ -13,6 +13,7 @@ thread pool of OpenMP does not survive a fork; and it never touches a GPU, since
 import contextlib
 import os
 import random
+import select
 import signal
 import sys
 from multiprocessing.connection import Connection
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+START = 60  # seconds for a kernel to be ready, as Jupyter waits
 
 
 def serve(channel: Connection, model: str | None, dtype: str) -> None:
@@ -41,7 +44,8 @@ def serve(channel: Connection, model: str | None, dtype: str) -> None:
             os.close(listening)
             _become_kernel(**request, threads=threads, tell=tell)
         os.close(tell)
-        os.read(listening, 1)  # a client that came before the kernel listens would try again later
+        # a client that came before the kernel listens would try again later
+        select.select([listening], [], [], START)
         os.close(listening)
         channel.send(kernel)
 

@@ -36,8 +36,8 @@ class Job:
     ``prompt`` is the text that people read; messages are ``role: text``, a line each. ``question``
     is the digest of what is asked: all that an entry says but its id. ``identity`` is that of what
     answers the question too: all parameters, the notebook's cells, the model and the code; two
-    reports of the same identity say the same. Both are SHA-256 in hexadecimal. ``tokens`` is the
-    length of what is read.
+    reports of the same identity say the same. ``model_digest`` is that of the model. All are
+    SHA-256 in hexadecimal. ``tokens`` is the length of what is read.
     """
 
     slug: str
@@ -47,6 +47,7 @@ class Job:
     identity: str
     question: str
     tokens: int
+    model_digest: str = ""
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -71,7 +72,9 @@ class Plan:
     stands for another question.
 
     Raises one ``InputError`` that names the place of each entry that cannot run, the first 20 of
-    them in full. Iterating raises one if the file is no longer the one that was checked.
+    them in full; and one if the name of a job stands in ``out`` for a report of another model,
+    unless ``replace`` says that it may be replaced. Iterating raises one if the file is no longer
+    the one that was checked.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Plan:
         dtype: str = "float32",
         out: str | Path | None = None,
         folders: bool = True,
+        replace: bool = False,
     ) -> None:
         folder = Path(model).expanduser()  # whole: kernels and workers run in other folders
         local = model != BUNDLED and folder.exists()
@@ -99,7 +103,13 @@ class Plan:
         self._questions, self._levels = array("Q"), array("B")
         if "prompt" not in self._takes(self._notebook):
             raise InputError(f"The notebook {notebook} takes no prompt, so it cannot be a report.")
-        self._check(_Folders(out if folders else None))
+        taken = _Folders(out if folders else None, *self._by[:2])
+        self._check(taken)
+        if taken.others and not replace:
+            raise InputError(
+                f"{out} has reports of another model under {len(taken.others):,} of these names "
+                f"({taken.others[0]}): choose another --out, or give --replace."
+            )
 
     def _check(self, taken):
         tokenizer = load_tokenizer(self.model)
@@ -169,6 +179,7 @@ class Plan:
                 identity=_digest_of([question, self.dtype, self._digest(source), *self._by]),
                 question=question,
                 tokens=int(self.tokens[read]),
+                model_digest=self.model_digest,
             )
             read += 1
         if read < len(self):
@@ -294,12 +305,14 @@ class _Folders:
     Names that differ in case only are one folder on some systems, and so they are here.
     """
 
-    def __init__(self, out):
+    def __init__(self, out, model, digest):
         self.out = out and Path(out)
+        self.model = {"model": model, "model_digest": digest}
         there = self.out.iterdir() if out and self.out.exists() else []
         self.there = {folder.name.lower(): folder for folder in there}
         self.taken = {}  # shortened digest of a name: line
         self.replaced = 0
+        self.others = []  # names that are there for a report of another model
 
     def level(self, entry, question, row):
         """At which level of ``_name`` an entry gets a folder of its own; it is taken from then."""
@@ -318,6 +331,8 @@ class _Folders:
                 raise InputError(f"Its id {entry.id!r} {held}: choose another.", field="id")
             else:
                 self.replaced += not is_own
+            if any(facts.get(fact, known) != known for fact, known in self.model.items()):
+                self.others.append(there.name)
             self.taken[short] = row.at
             return level
         raise InputError("Its folder's name is taken at every length: give it an id.")

@@ -103,13 +103,9 @@ class Private:
     def clean(self, folder: Path) -> None:
         """Replace what is private in all files of ``folder``, text and Parquet, and in their names.
 
-        A link is removed, since it leads out of the folder; so is a file of another kind that holds
-        something private.
+        A file of another kind that holds something private is removed.
         """
         for path in sorted(folder.rglob("*"), reverse=True):  # a folder after what is in it
-            if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                path.unlink()
-                continue
             if path.is_file():
                 self._clean_file(path)
             name = self._struck(path.name)

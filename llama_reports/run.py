@@ -11,10 +11,10 @@ from typing import Any
 
 import nbformat
 import papermill
-from nbclient.exceptions import DeadKernelError
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
 from helpers.models import BUNDLED, public_name
-from llama_reports.files import UNFINISHED, move_into_place, read_mapping
+from llama_reports.files import UNFINISHED, move_into_place, read_mapping, remove
 from llama_reports.jobs import Job, literal
 from llama_reports.pages import report_page
 from llama_reports.privacy import private
@@ -26,7 +26,10 @@ SUMMARY = [
     *("without", "trust", "warnings"),
 ]
 ATTEMPTS = 2  # kernels that may die of one prompt
-
+STARTS = 5  # kernels that may die before they are ready, which is no fault of a prompt
+TIMEOUT = 3600.0  # seconds that a report may take
+FULL = (errno.ENOSPC, errno.EDQUOT)
+OURS = ("report.ipynb", "report.html", "report.json")  # what a report's folder gets beside its own
 
 _code_version = cache(code_version)  # what this process runs, whatever becomes of the files
 
@@ -50,29 +53,48 @@ def run_report(
     *,
     source: str | None = None,
     engine: str | None = "warm",
+    timeout: float = TIMEOUT,
 ) -> dict[str, Any]:
     """Execute one job and move its finished folder to ``out/<slug>``; returns the folder's facts.
 
     A notebook that fails leaves the same folder, with the notebook up to its error and the error
-    in ``report.json``; nothing is raised for it. A kernel that dies is tried once more. The folder
-    is made elsewhere and moved when whole, so a reader never finds half of one.
+    in ``report.json``; nothing is raised for it. So does one that takes more than ``timeout``
+    seconds, whose kernel is killed. A kernel that dies is tried once more, and one that dies before
+    it is ready up to four times. The folder is made elsewhere and moved when whole, so a reader
+    never finds half of one.
 
     ``source`` is the notebook as ``report_source`` gives it, for a machine that has no such file;
     ``engine`` is papermill's, ``None`` for its own. Raises ``OSError`` if the disk is full: that
     is no fault of the prompt, and the next one would fare no better.
     """
-    out = Path(out)
+    out = Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     source = source or report_source(job.notebook)
-    started, attempt, died = time.perf_counter(), 0, True
-    while died and attempt < ATTEMPTS:
-        attempt += 1
-        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=out) as name:
-            error, died = _execute(source, job.parameters, Path(name), engine)
-            if not died or attempt == ATTEMPTS:
+    started, attempt, starts, died = time.perf_counter(), 0, 0, True
+    while died:
+        with tempfile.TemporaryDirectory(
+            prefix=UNFINISHED, dir=out, ignore_cleanup_errors=True
+        ) as name:
+            work = Path(name, "report")  # the notebook's own: it may do there what it likes
+            try:
+                work.mkdir()
+                left = timeout - (time.perf_counter() - started)
+                error, died = _execute(source, job.parameters, work, engine, timeout, left)
+                attempt += 1
+                if died and attempt < ATTEMPTS:
+                    continue
+                error = _settle(work) or error
                 seconds = time.perf_counter() - started
-                facts = _finish(Path(name), out, job, model, error, attempt, seconds)
-    return facts
+                return _finish(work, out, job, model, error, attempt, seconds)
+            except _NotStarted as failure:
+                starts += 1
+                error, died = str(failure), starts < STARTS
+                time.sleep(0.2 * starts)  # a machine that is short of something may recover
+            except OSError as failure:
+                if failure.errno in FULL:
+                    raise
+                error, died = f"Its folder cannot be kept: {failure.strerror or failure}.", False
+    return keep_failure(job, out, model, error)
 
 
 def keep_failure(job: Job, out: Path, model: str, error: str) -> dict[str, Any]:
@@ -82,10 +104,19 @@ def keep_failure(job: Job, out: Path, model: str, error: str) -> dict[str, Any]:
         return _finish(Path(name), out, job, model, error)
 
 
-def _execute(source, parameters, work, engine):
-    """Run the notebook in ``work``; gives its error as text or ``None``, and if the kernel died."""
-    report = work / "report.ipynb"
+class _NotStarted(Exception):
+    """A kernel that came to no cell: no fault of the prompt."""
+
+
+def _execute(source, parameters, work, engine, timeout, left):
+    """Run the notebook in ``work``; gives its error as text or ``None``, and if the kernel died.
+
+    The executed notebook is beside ``work``, out of its own reach. It has ``left`` seconds of the
+    ``timeout``.
+    """
+    report = work.with_name("report.ipynb")
     report.write_text(source, encoding="utf-8")
+    deadline = time.monotonic() + left
     try:
         papermill.execute_notebook(
             literal(report),
@@ -95,16 +126,46 @@ def _execute(source, parameters, work, engine):
             kernel_name="python3",
             cwd=str(work),
             progress_bar=False,
+            # a cell has what is left to the report; 0 would be no limit
+            timeout_func=lambda cell: max(0.1, deadline - time.monotonic()),
             # only a real error is worth a line between the progress bar's
             extra_arguments=["--log-level=ERROR"],
         )
     except papermill.PapermillExecutionError as failure:
-        if failure.ename == "OSError" and f"[Errno {errno.ENOSPC}]" in failure.evalue:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(work.parent)) from None
+        full = (code for code in FULL if f"[Errno {code}]" in failure.evalue)
+        if failure.ename == "OSError" and (code := next(full, None)):
+            raise OSError(code, os.strerror(code), str(work.parent)) from None
         return f"{failure.ename}: {failure.evalue}", False
+    except CellTimeoutError:
+        told = f"It took more than {timeout:g} seconds and was stopped: ask for less, or give a "
+        return told + "longer --timeout.", False
     except DeadKernelError:
         return "The kernel died, most often for lack of memory: try a shorter prompt.", True
+    except (RuntimeError, ConnectionError) as failure:
+        raise _NotStarted(f"No kernel could be started ({failure}): run it again.") from failure
     return None, False
+
+
+def _settle(work):
+    """Make a folder that can be kept of ``work``, whatever its notebook made of it.
+
+    It gets the executed notebook. What stands in the way is removed, and so are links, since they
+    lead out of the folder. Gives the error that this is, or ``None``.
+    """
+    wrong = [] if work.is_dir() and not work.is_symlink() else ["its folder is gone"]
+    if wrong:
+        remove(work)
+        work.mkdir()
+    for path in list(work.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            path.unlink()
+    taken = [name for name in OURS if (work / name).exists()]
+    taken += ["figures"] if (work / "figures").is_file() else []
+    for name in taken:
+        remove(work / name)
+        wrong.append(f"{name} is a name that a report needs itself")
+    work.with_name("report.ipynb").rename(work / "report.ipynb")
+    return f"What the notebook left cannot be kept: {', and '.join(wrong)}." if wrong else None
 
 
 def _finish(work, out, job, model, error, attempts=ATTEMPTS, seconds=0.0):
@@ -113,7 +174,7 @@ def _finish(work, out, job, model, error, attempts=ATTEMPTS, seconds=0.0):
     Figures get a folder of their own, and nothing private is left.
     """
     figures = work / "figures"
-    figures.mkdir()
+    figures.mkdir(exist_ok=True)
     for file in [*work.glob("*.png"), *work.glob("*.svg")]:
         file.rename(figures / file.name)
     hidden = private(model, {work: ".", out: "…", job.notebook.parent: "…"})
@@ -122,6 +183,7 @@ def _finish(work, out, job, model, error, attempts=ATTEMPTS, seconds=0.0):
         "prompt": job.prompt,
         "notebook": job.notebook.stem,
         "model": public_name(model),
+        "model_digest": job.model_digest,
         "question": job.question,
         "identity": job.identity,
         "code_version": _code_version(),
@@ -134,6 +196,7 @@ def _finish(work, out, job, model, error, attempts=ATTEMPTS, seconds=0.0):
     facts = {name: told[name] for name in SUMMARY if name in told} | facts
     facts = hidden.without(facts)
     notebook = nbformat.read(work / "report.ipynb", as_version=4)
+    facts["memory"] = notebook.metadata.get("papermill", {}).pop("peak_memory", None)
     _clean(notebook, hidden, facts)
     nbformat.write(notebook, work / "report.ipynb")
     (work / "report.html").write_text(report_page(notebook, facts), encoding="utf-8")

@@ -127,10 +127,23 @@ class ForkProvisioner(LocalProvisioner):
         return self.connection_info
 
     async def kill(self, restart: bool = False) -> None:
-        """Kill the kernel and see it gone: Jupyter looks again only every 0.1 s."""
+        """Kill the kernel, what it started, and see it gone: Jupyter looks only every 0.1 s."""
+        manager: Any = self.parent
+        if self.process is not None and self.process.poll() is None:
+            manager.peaks.append(_peak_memory(self.process.pid))
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         await super().kill(restart)
         if self.process is not None:
             await asyncio.to_thread(self.process.wait, 5)
+
+
+def _peak_memory(pid):
+    """The most memory that a process had, in bytes; 0 if the system does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        told = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+        return 1024 * int(told.partition("VmHWM:")[2].split(maxsplit=1)[0])
+    return 0
 
 
 class PromptClient(AsyncKernelClient):
@@ -159,9 +172,13 @@ class PromptClient(AsyncKernelClient):
 
 
 class ForkingManager(AsyncKernelManager):
-    """A kernel manager that forks its kernels; a subclass says from which ``server``."""
+    """A kernel manager that forks its kernels.
+
+    A subclass says from which ``server``; the most bytes that each had are added to its ``peaks``.
+    """
 
     server = None
+    peaks: list[int]
     client_factory = PromptClient
 
     def __init__(self, **kwargs):
@@ -182,17 +199,19 @@ class WarmEngine(NBClientEngine):
 
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **kwargs: Any) -> None:
-        save = nb_man.save
+        save, peaks = nb_man.save, list[int]()
         nb_man.save = lambda **kwargs: None  # twice a cell is dear; papermill saves at the end
         try:
             if CAN_FORK and _runs_this_python(kernel_name):
                 server = cls._server_for(*_model_of(nb_man.nb, kernel_name))
-                manager = type("Manager", (ForkingManager,), {"server": server})
+                manager = type("Manager", (ForkingManager,), {"server": server, "peaks": peaks})
                 # nothing in a kernel needs saying goodbye to: it ends with all it holds
                 kwargs |= {"kernel_manager_class": manager, "shutdown_kernel": "immediate"}
             super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
         finally:
             nb_man.save = save
+            if any(peaks):
+                nb_man.nb.metadata.papermill["peak_memory"] = max(peaks)
 
     @classmethod
     def _server_for(cls, model, dtype):
