@@ -114,12 +114,12 @@ def main_command(
     """Execute a notebook over every prompt of a file: one report each, and a gallery of them all.
 
     An entry of PROMPTS is a text, or a mapping with "prompt" or "messages" and, as wanted, "id",
-    "target", "foil", "answer", "units", "sources", "chat", "raw", "evidence", "methods" and
-    "notebook": docs/reports.md says what each means. The whole file is checked before anything
-    runs. What an earlier run has finished is not run again, so a run that was stopped goes on
-    where it was. A report that fails is kept and listed, the others go on, and the exit status is
-    1. With --scores-only no report is written: scores and evidence go to Parquet files, as
-    docs/scores.md describes.
+    "target", "foil", "answer", "options", "units", "sources", "chat", "raw", "evidence", "methods"
+    and "notebook": docs/reports.md says what each means. Other keys are carried to the results. The
+    whole file is checked before anything runs. What an earlier run has finished is not run again,
+    so a run that was stopped goes on where it was. A report that fails is kept and listed, the
+    others go on, and the exit status is 1. With --scores-only no report is written: scores and
+    evidence go to Parquet files, as docs/scores.md describes.
 
     "llama-reports plan --help" tells of the command that plans: what methods take on a prompt of
     some length, in time and memory; "ask --help" of the one that asks one question and prints the
@@ -138,7 +138,7 @@ def main_command(
         jobs = plan(prompts, out=out, folders=not scores_only, methods=method or (), **options)
         scored = cache(finished_ids)  # looked up where it is asked for
         skipped = _skipped(jobs, out, only or (), retry_failed)
-        done = (lambda job: job.identity in scored(out)) if scores_only else skipped
+        done = (lambda job: job.identity in scored(out, jobs.carried)) if scores_only else skipped
         given: dict[str, Any] = {"scores_only": scores_only, "done": done}
         planned = partial(estimate, jobs, out, threads=threads, **given)
         if scheduler is None and (slow := slow_dtype(model, dtype, threads)):
@@ -346,7 +346,7 @@ def _report(task, out, model, threads, timeout):
 
 def _score_all(jobs, out, cluster, threads):
     """Attribute every prompt that is not in the tables of ``out``; returns as ``_report_all``."""
-    known = finished_ids(out)  # which refuses the tables of another version: nothing is touched
+    known = finished_ids(out, jobs.carried)  # which refuses other tables: nothing is touched
     discard_unfinished(out)
     before = sum(job.identity in known for job in jobs)
     options = {"model": jobs.model, "dtype": jobs.dtype, "threads": threads}

@@ -1,10 +1,11 @@
 """From entries to jobs: every check that needs no model, before anything is run."""
 
+import ast
 import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from llama_reports.versions import code_version, model_digest
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 DEFAULT_NOTEBOOK = "report"
+MOST_CARRIED = 100  # names of a file that are no keys: each is a column of the results
 TOLD = 20  # bad entries that are named; the rest is counted
 DIGITS = (0, 6, 16, 32)  # of a question's digest in a folder's name
 ASKED = ("target", "foil", "units", "sources", "chat", "raw")  # as a notebook and `ask` call them
@@ -37,7 +39,8 @@ class Job:
     is the digest of what is asked: all that an entry says but its id. ``identity`` is that of what
     answers the question too: all parameters, the notebook's cells, the model and the code; two
     reports of the same identity say the same. ``model_digest`` is that of the model. All are
-    SHA-256 in hexadecimal. ``tokens`` is the length of what is read.
+    SHA-256 in hexadecimal. ``tokens`` is the length of what is read. ``meta`` is what the entry
+    carries to the results: no part of either, and of the same names in all jobs of a plan.
     """
 
     slug: str
@@ -48,6 +51,7 @@ class Job:
     question: str
     tokens: int
     model_digest: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -69,7 +73,7 @@ class Plan:
     the scores of a method, ``outputs`` the tokens explained (at most, where the model is to
     answer), and ``kinds`` says which of ``asked``, a list of ``(notebook, methods)``, each job is;
     no methods are the notebook's own choice. ``replaced`` counts reports in ``out`` whose id now
-    stands for another question.
+    stands for another question. ``carried`` are the names of all that its entries carry, a tuple.
 
     Raises one ``InputError`` that names the place of each entry that cannot run, the first 20 of
     them in full; and one if the name of a job stands in ``out`` for a report of another model,
@@ -96,13 +100,16 @@ class Plan:
         self.methods = [name for name in methods if METHODS[name]]  # refuses what is no method
         self._notebook, self._folders = notebook_path(notebook), folders
         self._digest = cache(notebook_digest)
-        self._takes = cache(lambda source: set(papermill.inspect_notebook(literal(source))))
+        self._takes = cache(parameter_names)
         self._given = {"model_name": self.model, "dtype": dtype, "output_dir": "."}
         self._by = [public_name(model), self.model_digest, code_version()]
         # shortened digests of questions, and the levels of names; see _name
         self._questions, self._levels = array("Q"), array("B")
         if "prompt" not in self._takes(self._notebook):
-            raise InputError(f"The notebook {notebook} takes no prompt, so it cannot be a report.")
+            raise InputError(
+                f"The notebook {notebook} takes no prompt, so it cannot be a report: assign prompt "
+                "in a cell with the tag parameters."
+            )
         taken = _Folders(out if folders else None, *self._by[:2])
         self._check(taken)
         if taken.others and not replace:
@@ -116,6 +123,7 @@ class Plan:
         context, vocabulary = _limits(self.model)
         seen: dict[int, int] = {}  # shortened question: line
         kinds: dict[tuple, int] = {}  # notebook and methods: number
+        carried: dict[str, None] = {}  # a set in the order of the file
         sizes, problems, bad, count = array("I"), list[str](), 0, 0
         for row in read_entries(self.path):
             count += 1
@@ -130,6 +138,7 @@ class Plan:
                         "it as it stands there.",
                         field="evidence",
                     )
+                _carry(carried, entry)
                 short = _short(question)
                 if short in seen:
                     raise InputError(f"It asks the same as {row.unit} {seen[short]}: remove one.")
@@ -155,7 +164,7 @@ class Plan:
         columns = np.array(sizes, np.uint32).reshape(-1, 4).T
         self.tokens, self.units, self.outputs, self.kinds = columns
         self.asked = [(source.stem, methods) for source, methods in kinds]
-        self.replaced = taken.replaced
+        self.replaced, self.carried = taken.replaced, tuple(carried)
 
     def __len__(self) -> int:
         return len(self._questions)
@@ -180,6 +189,7 @@ class Plan:
                 question=question,
                 tokens=int(self.tokens[read]),
                 model_digest=self.model_digest,
+                meta={name: entry.carried.get(name) for name in self.carried},
             )
             read += 1
         if read < len(self):
@@ -235,11 +245,39 @@ def notebook_digest(path: str | Path) -> str:
 
     Outputs and counts do not matter. Raises ``InputError`` for a file that is no notebook.
     """
+    cells = _cells(path)
+    return _digest_of([[c.cell_type, c.source, c.metadata.get("tags", [])] for c in cells])
+
+
+def parameter_names(path: str | Path) -> set[str]:
+    """What a notebook's cell with the tag ``parameters`` assigns: the names that it takes.
+
+    The cell is read as Python; one that is not, such as one with magics, as papermill guesses it.
+    Raises ``InputError`` for a file that is no notebook.
+    """
+    tagged = [cell for cell in _cells(path) if "parameters" in cell.metadata.get("tags", [])]
     try:
-        cells = nbformat.read(path, as_version=4).cells
+        tree = ast.parse(tagged[0].source if tagged else "")
+    except (SyntaxError, ValueError):
+        try:
+            return set(papermill.inspect_notebook(literal(path)))
+        except ValueError:  # it says no kernel or language
+            return set()
+    targets = [
+        target
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+    ]
+    found = [name for target in targets for name in ast.walk(target)]
+    return {n.id for n in found if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
+def _cells(path):
+    try:
+        return nbformat.read(path, as_version=4).cells
     except (OSError, ValueError, AttributeError, nbformat.ValidationError) as error:
         raise InputError(f"{path} is not a notebook that Jupyter can read.") from error
-    return _digest_of([[c.cell_type, c.source, c.metadata.get("tags", [])] for c in cells])
 
 
 def literal(path: str | Path) -> str:
@@ -269,6 +307,17 @@ def asked(parameters: dict[str, Any]) -> dict[str, Any]:
     given = {name: parameters[name] for name in ASKED if name in parameters}
     answer = parameters.get("answer_text", parameters.get("answer"))
     return {"prompt": parameters.get("messages") or parameters["prompt"], "answer": answer, **given}
+
+
+def _carry(carried, entry):
+    """Add the names that an entry carries to those of the file."""
+    carried |= dict.fromkeys(entry.carried)
+    names = list(carried)
+    if len(names) > MOST_CARRIED:
+        raise InputError(
+            f"{names[MOST_CARRIED][:80]!r} is one name too many: a file carries at most "
+            f"{MOST_CARRIED} beside the keys."
+        )
 
 
 def _limits(model):

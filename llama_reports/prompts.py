@@ -8,12 +8,14 @@ or a pattern.
 import csv
 import itertools
 import json
+import math
 import re
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial
+from difflib import get_close_matches
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +47,10 @@ _RESERVED = re.compile(
     r"|(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?"
 )
 _UNTEXT = re.compile("[\x00\ud800-\udfff]")
+DEEPEST = 20  # lists and mappings in each other, of what is carried
+# a column without a name, as a data frame's index is saved, and as pandas calls it when read again
+_UNNAMED = re.compile(r"(unnamed: \d+(\.\d+)*)?")
+_LIKE_A_KEY = re.compile(r"(target|foil|answer)[\W_]?(ids?|texts?|tokens?)")  # as others call them
 
 
 # --- an entry ----------------------------------------------------------------------------------
@@ -66,7 +72,11 @@ def _as_text(value):
 def _as_answer(value):
     if isinstance(value, bool | int):
         return value
-    return _as_text(float(value) if isinstance(value, Decimal) else value)  # no part of a token
+    if isinstance(value, float | Decimal):  # 12.0 in a data frame's column with gaps, no 1.5
+        value = float(value)
+        value = int(value) if value.is_integer() else value
+        return value if isinstance(value, int) else _as_text(value)
+    return _as_text(value)
 
 
 def _as_list(value):
@@ -120,10 +130,11 @@ class Entry(BaseModel):
     """One entry of a prompts file. A plain string stands for ``{prompt: that string}``.
 
     What the keys mean is said in docs/reports.md. Whether a tokenizer can read them is left to
-    ``helpers.questions.read_question``.
+    ``helpers.questions.read_question``. ``options`` are read as target and foil, and an answer that
+    stands at the end of ``messages`` as ``answer``.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")
 
     prompt: Text | None = None
     messages: Annotated[list[dict[str, str]], BeforeValidator(_as_messages)] | None = None
@@ -131,6 +142,7 @@ class Entry(BaseModel):
     target: Text | None = None
     foil: Text | None = None
     answer: Annotated[bool | int | str, PlainValidator(_as_answer)] | None = None
+    options: Annotated[list[Text], BeforeValidator(_as_list)] | None = None
     sources: Annotated[list[Text], BeforeValidator(_as_list)] | None = None
     units: ShortText | None = None
     chat: bool = False
@@ -146,6 +158,37 @@ class Entry(BaseModel):
         if self.prompt is not None and self.messages is not None:
             raise InputError("It has a prompt and messages: keep one of them.", field="messages")
         return self
+
+    @model_validator(mode="after")
+    def _read_options(self):
+        if self.options is None:
+            return self
+        bad_options = partial(InputError, field="options")
+        if self.foil is not None or self.answer:
+            other = "an answer" if self.foil is None else "a foil"
+            raise bad_options(f"It has options and {other}: keep one of them.")
+        if len(set(self.options)) != 2 or len(self.options) != 2:
+            raise bad_options(
+                "Options are compared two at a time: give two that differ, and more in an entry "
+                "for each pair."
+            )
+        if self.target not in (None, *self.options):
+            raise bad_options(f"The target {self.target!r} is none of the options: choose one.")
+        self.target = self.options[0] if self.target is None else self.target
+        (self.foil,) = (option for option in self.options if option != self.target)
+        return self
+
+    @model_validator(mode="after")
+    def _read_answer(self):
+        said, explained = self.messages, (self.target, self.foil, self.answer)
+        if said and said[-1]["role"] == "assistant" and explained == (None, None, None):
+            self.answer = said.pop()["content"]  # as in a file for fine-tuning
+        return self
+
+    @property
+    def carried(self) -> dict[str, Any]:
+        """What is no key of an entry, as JSON can hold it: it is passed on, and asks nothing."""
+        return self.model_extra or {}
 
     @property
     def text(self) -> str:
@@ -164,8 +207,9 @@ class Entry(BaseModel):
 def parse_entry(raw: Any, kind: str = "YAML") -> Entry:
     """The entry behind what a file holds, or an ``InputError`` that says what is wrong.
 
-    ``kind`` is the format, for messages. A line of a file for OpenAI's batches is read by its
-    ``custom_id`` and ``body``.
+    ``kind`` is the format, for messages. Names are read in any case, and ``None`` and NaN are not
+    given. A line of a file for OpenAI's batches is read by its ``custom_id`` and ``body``. What is
+    no key is carried, unless it may be the misspelt name of one.
     """
     if isinstance(raw, str):
         raw = {"prompt": raw}
@@ -174,10 +218,17 @@ def parse_entry(raw: Any, kind: str = "YAML") -> Entry:
             f"An entry is text or a mapping, and {kind} reads this as {type(raw).__name__}: put "
             "the prompt in quotes."
         )
+    request = {}
     if isinstance(raw.get("body"), dict):
-        raw = {"id": raw.get("custom_id"), "messages": raw["body"].get("messages")}
+        raw, request = _of_batch(raw)
     try:
-        return Entry.model_validate(raw)
+        given = _given(raw, request)
+    except InputError:
+        raise
+    except ValueError:  # of Python, which writes no more than 4,300 digits
+        raise InputError("It has a number of too many digits: put it in quotes.") from None
+    try:
+        return Entry.model_validate(given)
     except ValidationError as error:
         raise _told(error.errors(include_url=False, include_input=False)[0]) from None
 
@@ -185,15 +236,104 @@ def parse_entry(raw: Any, kind: str = "YAML") -> Entry:
 def _told(problem):
     """pydantic's first complaint as ours."""
     field, *index = [str(part) for part in problem["loc"]] or [None]
-    if problem["type"] == "extra_forbidden":
-        known = ", ".join(Entry.model_fields)
-        return InputError(f"The key {field[:80]!r} is unknown: use {known}.")
     if problem["type"] == "value_error":
         error = problem["ctx"]["error"]
         said, field = str(error), field or error.field
     else:
         said = f"The value of {field!r} will not do: {problem['msg'].lower()}."
     return InputError(f"Number {index[0]}: {said}" if index else said, field=field)
+
+
+# --- names and what is carried -----------------------------------------------------------------
+
+
+def _key(name):
+    """A name without the case and the spaces that make no difference."""
+    return str(name).strip().casefold()
+
+
+def _of_batch(raw):
+    """``(entry, what its request says beside it)`` of a line for OpenAI's batches."""
+    body, asked = raw["body"], ("prompt", "messages")
+    about = {name: raw[name] for name in ("method", "url") if name in raw}
+    about |= {name: value for name, value in body.items() if name not in asked}
+    entry = {name: value for name, value in raw.items() if name not in ("body", "method", "url")}
+    if entry.get("id") is None:
+        entry["id"] = entry.pop("custom_id", None)
+    entry |= {name: body[name] for name in asked if name in body}
+    taken = {_key(name) for name in entry} | set(Entry.model_fields)
+    return entry, {f"body.{name}" if _key(name) in taken else name: about[name] for name in about}
+
+
+def _given(raw, request):
+    """What is given in ``raw``, by the names of ``Entry``; the rest and ``request`` are carried."""
+    _refuse_twice(map(_key, raw))
+    _refuse_typos(raw, "key")
+    found, first = {}, True
+    for name, value in itertools.chain(raw.items(), request.items()):
+        key = _key(name)
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            first &= bool(_UNNAMED.fullmatch(key))
+        elif _UNNAMED.fullmatch(key):
+            if not first or not str(value).isdecimal():  # else an index
+                raise InputError(
+                    f"The column {str(name)!r}, counted from 0, has no name, and "
+                    f"{str(value)[:40]!r} is no row's number: name it."
+                )
+        else:
+            first = False
+            is_key = key in Entry.model_fields
+            found[key if is_key else str(name).strip()] = value if is_key else _carried(name, value)
+    return found
+
+
+def _refuse_typos(names, what):
+    """Refuse a name that a key may be meant by: to carry it would drop what the user asked."""
+    for name in names:
+        meant = _near(_key(name))
+        if meant:
+            shown = str(name).strip()[:80]
+            raise InputError(
+                f"The {what} {shown!r} is unknown: write {meant!r} if that is meant, or "
+                f"'meta.{shown}' to carry it along."
+            )
+
+
+@lru_cache(maxsize=1000)
+def _near(key):
+    """The key of an entry that an unknown one resembles, or ``None``."""
+    if key in Entry.model_fields or key.startswith("meta.") or len(key) > 40:
+        return None
+    alike = _LIKE_A_KEY.fullmatch(key)
+    if alike:
+        return alike[1]
+    known = [name for name in Entry.model_fields if name != "id"]  # "idx" is somebody's own
+    same = [name for name in known if sorted(name) == sorted(key)]
+    near = same or get_close_matches(key, known, n=1, cutoff=0.8 if key.isalpha() else 0.9)
+    return near[0] if near else None
+
+
+def _carried(name, value):
+    """A value as JSON can hold it, or an ``InputError`` that names its field."""
+    name = str(name).strip()
+    try:
+        _as_text(name)
+        return _plain(value)
+    except InputError as error:
+        raise InputError(str(error), field=name[:80]) from None
+
+
+def _plain(value, depth=0):
+    if depth > DEEPEST:
+        raise InputError(f"It is nested more than {DEEPEST} deep: write it as a text.")
+    if isinstance(value, float | Decimal):
+        return float(value) if math.isfinite(float(value)) else str(value)
+    if isinstance(value, list | tuple | set):
+        return [_plain(each, depth + 1) for each in value]
+    if isinstance(value, dict):
+        return {_as_text(str(key)): _plain(each, depth + 1) for key, each in value.items()}
+    text = _as_text(str(value))
+    return value if value is None or isinstance(value, bool | int) else text
 
 
 # --- a file ------------------------------------------------------------------------------------
@@ -320,13 +460,14 @@ def _row(path, number, line, problem, parse, *given):
         problem = InputError(f"This is not JSON ({error.msg}, character {error.colno}).")
     except UnicodeDecodeError:
         problem = InputError("A text is not UTF-8: save it as UTF-8.")
-    except (ValueError, RecursionError):
+    except (ValueError, OverflowError, RecursionError):
         problem = InputError("This is no text or object: an entry is one of them.")
     return Row(path.name, number, line, problem=problem)
 
 
 # --- YAML --------------------------------------------------------------------------------------
 
+_TEXTS = set(Entry.model_fields) - {"answer"}  # keys of which a number is a text
 _NUMBERS = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")}
 _Fastest: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -387,7 +528,8 @@ def _yaml_entry(loader, node):
     if isinstance(node, yaml.MappingNode):
         _refuse_twice(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         for key, value in node.value:
-            if key.value != "answer" and value.tag in _NUMBERS:
+            is_text = isinstance(key, yaml.ScalarNode) and _key(key.value) in _TEXTS
+            if is_text and value.tag in _NUMBERS and str(value.value).lower() != ".nan":
                 value.tag = "tag:yaml.org,2002:str"  # 0x10 and 1_000 as they are written
     try:
         return loader.construct_document(node)
@@ -443,9 +585,11 @@ def _lines(stream, problems):
 def _read_csv(path):
     with path.open("rb") as stream:
         header, problems = None, deque[InputError](maxlen=1)  # of a row's lines the last one's
-        reader = csv.reader(_lines(stream, problems), strict=True)
+        lines = _lines(stream, problems)
+        before, delimiter = _begin(lines, "\t;," if path.suffix.lower() == ".tsv" else ",;\t")
+        reader = csv.reader(itertools.chain(before, lines), delimiter=delimiter, strict=True)
         try:
-            header = next((cells for cells in reader if cells), None)
+            header = next((cells for cells in reader if any(cells)), None)
         except csv.Error as error:
             if not problems:
                 problems.append(InputError(f"This is not CSV ({error})."))
@@ -453,6 +597,8 @@ def _read_csv(path):
             raise InputError(f"{path}, line {reader.line_num or 1}: {problems[0]}")
         if header is None:
             return
+        for at, name in enumerate(header):  # an index saved twice would be a column twice
+            header[at] = f"Unnamed: {at}" if _UNNAMED.fullmatch(_key(name)) else name.strip()
         _check_header(f"{path}, line {reader.line_num}", header)
         cells = header
         while cells is not None:
@@ -462,37 +608,76 @@ def _read_csv(path):
             except csv.Error as error:
                 problem = InputError(f"This is not CSV ({error}): mind the quotes.")
             problem = problems.pop() if problems else problem
-            if cells or problem:  # else an empty line, or the end
-                yield line, problem, _from_cells, header, cells
+            if (cells and any(cells)) or problem:  # else a line of empty cells, or the end
+                yield line, problem, _from_cells, header, delimiter, cells
+
+
+def _begin(lines, delimiters):
+    """The lines up to the header's first, and the character between its cells."""
+    before = []
+    for line in lines:
+        told = re.fullmatch(r"sep=([,;\t])", line.strip("\r\n"))  # as Excel is told
+        before.append("\n" if told else line)
+        if told or line.strip():
+            return before, told[1] if told else max(delimiters, key=partial(_parted, line))
+    return before, ","
+
+
+def _parted(header, delimiter):
+    """How well a character parts the cells of a header: the keys it finds, and then the cells."""
+    try:
+        names = next(csv.reader([header], delimiter=delimiter), [])
+    except csv.Error:  # which is told when the header is read
+        names = []
+    return sum(_key(name) in Entry.model_fields for name in names), len(names)
 
 
 def _check_header(where, names):
-    known = ", ".join(Entry.model_fields)
-    for name in names:
-        if name not in Entry.model_fields:
-            raise InputError(
-                f"{where}: the column {name[:80]!r} is unknown: use {known}, separated by commas."
-            )
-    if len(set(names)) < len(names):
-        raise InputError(f"{where}: a column is there twice: {', '.join(names)}.")
-    if not {"prompt", "messages"} & set(names):
-        raise InputError(f"{where}: the column 'prompt' is missing.")
+    keys = [_key(name) for name in names]
+    if len(set(keys)) < len(keys):
+        raise InputError(f"{where}: a column is there twice: {', '.join(names)[:200]}.")
+    try:
+        _refuse_typos(names, "column")
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    if not {"prompt", "messages"} & set(keys):
+        raise InputError(
+            f"{where}: the column 'prompt' is missing: the first line names the columns, parted by "
+            f"commas, semicolons or tabs, and here they are {', '.join(names)[:200]}."
+        )
 
 
-def _from_cells(header, cells):
+_NOTHING = ("nan", "<na>", "null", "#n/a")  # what tools write in a cell that holds no value
+_DOUBTFUL = ("na", "n/a", "none")  # what some of them write there, and what may be a text
+
+
+def _from_cells(header, delimiter, cells):
     """What the cells of a CSV row, which are all text, mean; an empty one means not given."""
     if len(cells) != len(header):
+        parts = {",": "commas", ";": "semicolons", "\t": "tabs"}[delimiter]
         raise InputError(
-            f"It has {len(cells)} cells and the header {len(header)}: put a text with commas in "
+            f"It has {len(cells)} cells and the header {len(header)}: put a text with {parts} in "
             "quotes."
         )
-    raw = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
-    answer = raw.get("answer", "").lower()
-    if answer in ("true", "false"):
-        raw["answer"] = answer == "true"
-    elif answer.isdecimal() and len(answer) < 10:
-        raw["answer"] = int(answer)
-    return raw
+    return {name: _cell(_key(name), cell) for name, cell in zip(header, cells, strict=True)}
+
+
+def _cell(key, cell):
+    """What a cell says, or ``None`` for no value. A prompt is a text, whatever it says."""
+    said = cell.casefold()
+    if not cell or (key != "prompt" and said in _NOTHING):
+        return None
+    if key in Entry.model_fields and key not in ("prompt", "id") and said in _DOUBTFUL:
+        raise InputError(
+            f"{cell!r} may be a text or no value: leave the cell empty, or write the text in JSON "
+            "Lines.",
+            field=key,
+        )
+    if key == "answer" and said in ("true", "false"):
+        return said == "true"
+    if key == "answer" and re.fullmatch(r"\d{1,9}(\.0)?", said):  # a frame's column with gaps: 12.0
+        return int(said.removesuffix(".0"))
+    return cell
 
 
 def _read_jsonl(path):
@@ -518,18 +703,22 @@ def _object(pairs):
 
 def _read_parquet(path):
     with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
-        _check_header(str(path), file.schema_arrow.names)
+        # a data frame's index that has no name; one that has is carried
+        index = re.compile(r"__index_level_\d+__")
+        names = [name for name in file.schema_arrow.names if not index.fullmatch(name)]
+        _check_header(str(path), names)
         for batch in file.iter_batches(batch_size=256):
-            for index in range(len(batch)):
-                yield None, None, _parquet_entry, batch.slice(index, 1)
+            for row in range(len(batch)):
+                yield None, None, _parquet_entry, names, batch.slice(row, 1)
 
 
-def _parquet_entry(row):
+def _parquet_entry(names, row):
     (cells,) = row.to_pylist()
-    return {name: cell for name, cell in cells.items() if cell is not None}
+    return {name: cells[name] for name in names}
 
 
 # how each is called, and what reads it: (line, problem, function, what it parses) an entry
 FORMATS = {suffix: ("YAML", _read_yaml) for suffix in (".yml", ".yaml")}
 FORMATS |= {suffix: ("JSON", _read_jsonl) for suffix in (".jsonl", ".ndjson")}
-FORMATS |= {".csv": ("CSV", _read_csv), ".parquet": ("Parquet", _read_parquet)}
+FORMATS |= {suffix: ("CSV", _read_csv) for suffix in (".csv", ".tsv")}
+FORMATS |= {".parquet": ("Parquet", _read_parquet)}

@@ -184,6 +184,7 @@ def _finish(work, out, job, model, error, attempts=ATTEMPTS, seconds=0.0):
         "notebook": job.notebook.stem,
         "model": public_name(model),
         "model_digest": job.model_digest,
+        "meta": job.meta,
         "question": job.question,
         "identity": job.identity,
         "code_version": _code_version(),

@@ -93,15 +93,31 @@ def chunks(
                 yield part
 
 
-def finished_ids(out: str | Path) -> set[str]:
+def carried_columns(names: Iterable[str]) -> dict[str, str]:
+    """The column of ``prompts`` for each name that is carried: ``meta.`` parts it from our own."""
+    found: dict[str, str] = {}
+    taken = set(PROMPTS.names)
+    for name in names:
+        column = name
+        while column.casefold() in taken:
+            column = f"meta.{column}"
+        found[name] = column
+        taken.add(column.casefold())
+    return found
+
+
+def finished_ids(out: str | Path, carried: Iterable[str] | None = None) -> set[str]:
     """The ids of all prompts that are done in ``out``, those with an error among them: a set.
 
-    Raises ``InputError`` if a table there was written by another version of this one.
+    Raises ``InputError`` if a table there was written by another version of this one or, where
+    ``carried`` names what a run carries, has other columns than that run would write.
     """
     found = set()
+    columns = None if carried is None else {*PROMPTS.names, *carried_columns(carried).values()}
     for file in sorted(Path(out).glob("prompts/part-*.parquet")):
         try:
             table = pq.read_table(file, columns=["id"], partitioning=None)
+            names = set(pq.read_schema(file).names)
         except (pa.ArrowException, KeyError) as error:
             raise InputError(f"{file} is not one of our tables: move it away.") from error
         written = (table.schema.metadata or {}).get(VERSION_KEY, b"none").decode()
@@ -109,6 +125,13 @@ def finished_ids(out: str | Path) -> set[str]:
             raise InputError(
                 f"{file} has scores of version {written}, and this code writes version "
                 f"{SCHEMA_VERSION}: choose another folder."
+            )
+        if columns is not None and names != columns:
+            name = min(names ^ columns)
+            why = "there and is not carried" if name in names else "carried and not there"
+            raise InputError(
+                f"All parts of {Path(out)} have the same columns, and {name[:80]!r} is {why}: "
+                "choose another folder."
             )
         found.update(table["id"].to_pylist())
     return found
@@ -283,7 +306,11 @@ def _tables(tokenizer, jobs, answers, methods, origin, hidden):
     for method, columns in scores.items():
         yield f"scores/method={method}", pa.table(columns, SCORES)
         yield f"evidence/method={method}", pa.Table.from_pylist(evidence[method], EVIDENCE)
-    yield "prompts", pa.Table.from_pylist(prompts, PROMPTS)
+    columns = carried_columns(dict.fromkeys(name for job in jobs for name in job.meta))
+    fields = [*PROMPTS, *(pa.field(column, pa.string()) for column in columns.values())]
+    for row, job in zip(prompts, jobs, strict=True):
+        row |= {columns[name]: _as_text(value) for name, value in job.meta.items()}
+    yield "prompts", pa.Table.from_pylist(prompts, pa.schema(fields, PROMPTS.metadata))
 
 
 def _extend_scores(columns, job, result):
@@ -353,6 +380,13 @@ def _prompt_row(tokenizer, job, answer, methods):
         "notes": list(dict.fromkeys([*question.notes, *told])),
         "left_out": [name for name in methods if name not in results],
     }
+
+
+def _as_text(value):
+    """What is carried, as text: other JSON than a text is written as JSON."""
+    return (
+        value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    )
 
 
 def _text(text):

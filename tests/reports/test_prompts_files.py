@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -27,10 +29,11 @@ from helpers.models import tiny_llama
 from llama_reports import jobs as jobs_module
 from llama_reports.jobs import find_notebook, finished, notebook_digest, plan
 from llama_reports.prompts import LONGEST_LINE, Entry, read_entries
+from llama_reports.run import run_report
 from llama_reports.versions import code_version, model_digest
 
 TEXTS = ("prompt", "id", "target", "foil", "answer", "units", "evidence", "notebook")
-LISTS = ("methods", "sources")
+LISTS = ("methods", "sources", "options")
 MESSAGE = pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()})
 SCHEMA = pyarrow.schema(
     [(name, pyarrow.string()) for name in TEXTS]
@@ -47,7 +50,9 @@ def as_csv(entries):
     for entry in entries:
         cells = {"methods": " ".join(entry.get("methods", []))}
         cells |= {
-            name: json.dumps(entry[name]) for name in ("messages", "sources") if name in entry
+            name: json.dumps(entry[name])
+            for name in ("messages", "options", "sources")
+            if name in entry
         }
         writer.writerow(entry | cells)
     return text.getvalue().encode()
@@ -112,11 +117,14 @@ explained = st.one_of(  # what is explained
     st.fixed_dictionaries({}, optional={"target": words}),
     st.fixed_dictionaries({"target": words, "foil": words.map(str.upper)}),
     st.fixed_dictionaries({"answer": words}),
+    st.fixed_dictionaries({"options": words.map(lambda word: [word, word.upper()])}),
 )
 more = st.fixed_dictionaries(
     {},
     optional={
-        "id": st.from_regex(r"[a-z][a-z0-9_.]{0,8}[a-z]", fullmatch=True),
+        "id": st.from_regex(r"[a-z][a-z0-9_.]{0,8}[a-z]", fullmatch=True).filter(
+            lambda name: name not in ("nan", "null")  # which a cell of CSV holds for nothing
+        ),
         "units": st.sampled_from(["tokens", "words", "sentences", "turns"]),
         "methods": st.lists(st.sampled_from(sorted(METHODS)), min_size=1, max_size=3),
     },
@@ -144,8 +152,11 @@ def test_the_same_entries_in_four_formats_are_the_same_jobs(
     assert found[0] == found[1] == found[2] == found[3]
     if isinstance(found[0], list):
         for job, entry in zip(found[0], entries, strict=True):
-            assert job.asked["prompt"] == entry.get("messages", entry.get("prompt"))
-            assert job.asked["answer"] == entry.get("answer")
+            said = list(entry.get("messages", []))
+            is_answer = not {"target", "answer", "options"} & entry.keys() and len(said) == 4
+            answer = said.pop()["content"] if is_answer else entry.get("answer")
+            assert job.asked["prompt"] == said or entry.get("prompt")
+            assert job.asked["answer"] == answer
         assert pickle.loads(pickle.dumps(found[0])) == found[0]
 
 
@@ -254,8 +265,17 @@ def test_an_error_names_its_file_its_row_and_its_column(refused, name, content, 
 @pytest.mark.parametrize(
     "name, content, complaint",
     [
-        ("p.csv", "text,target\nHi,a\n", "line 1: the column 'text' is unknown"),
-        ("p.csv", "prompt;target\nHi;a\n", "separated by commas"),
+        ("p.csv", "text,target\nHi,a\n", "line 1: the column 'prompt' is missing"),
+        ("p.csv", "The sky is\nHi\n", "and here they are The sky is"),
+        ("p.csv", "prompt|target\nHi|a\n", "parted by commas, semicolons or tabs"),
+        ("p.csv", "prompt,PROMPT \na,b\n", "a column is there twice"),
+        ("p.csv", "prompt,label,label\na,b,c\n", "a column is there twice"),
+        ("p.csv", "prompr\nHi\n", "line 1: The column 'prompr' is unknown: write 'prompt' if that"),
+        (
+            "p.csv",
+            "prompt;Tarhet\nHi;a\n",
+            "line 1: The column 'Tarhet' is unknown: write 'target'",
+        ),
         ("p.csv", "target,foil\na,b\n", "line 1: the column 'prompt' is missing"),
         ("p.csv", "prompt,prompt\na,b\n", "a column is there twice"),
         ("p.csv", "prompt\n", "holds no prompt"),
@@ -279,9 +299,9 @@ def test_a_file_that_cannot_be_read_is_one_sentence(refused, name, content, comp
 
 
 def test_parquet_with_other_columns_or_damage_inside_is_refused(refused, tmp_path):
-    table = pyarrow.table({"prompt": ["a"], "text": ["b"]})
+    table = pyarrow.table({"prompt": ["a"], "foils": ["b"]})
     pyarrow.parquet.write_table(table, tmp_path / "other.parquet")
-    assert "column 'text' is unknown" in refused(
+    assert "column 'foils' is unknown: write 'foil'" in refused(
         "p.parquet", (tmp_path / "other.parquet").read_bytes()
     )
     whole = bytearray(as_parquet([{"prompt": f"prompt {i}"} for i in range(2000)]))
@@ -388,7 +408,7 @@ def test_a_number_is_the_text_that_was_written(one, name, content, target):
     assert one(name, content).parameters["target"] == target
 
 
-@pytest.mark.parametrize("target", ["true", "null_", "1e5", "[1]", "NaN"])
+@pytest.mark.parametrize("target", ["true", "null_", "1e5", "[1]", "Infinity"])
 def test_what_is_no_text_is_told_to_be_quoted(refused, target):
     if target == "null_":
         message = refused("p.yml", "- {prompt: x, target: {a: b}}")
@@ -418,19 +438,21 @@ CHAT = [
     {"role": "user", "content": "Capital of Latvia?"},
     {"role": "assistant", "content": "It is"},
 ]
+BATCH = {"custom_id": "r1", "method": "POST", "url": "/v1/chat/completions"}
 
 
 def test_messages_are_read_from_every_format_and_from_openais_lines(one, tmp_path):
     parts = [{"type": "text", "text": "Capital of "}, {"type": "text", "text": "Latvia?"}]
     other = [CHAT[0], {"role": "user", "content": parts, "name": "me"}, CHAT[2] | {"weight": 0}]
-    batch = {"custom_id": "r1", "method": "POST", "url": "/v1/chat/completions"}
-    native = pyarrow.table({"messages": [CHAT]})
+    entry = {"messages": CHAT, "target": "Riga"}
+    native = pyarrow.table({"messages": [CHAT], "target": ["Riga"]})
     pyarrow.parquet.write_table(native, tmp_path / "native.parquet")
+    body = {"target": "Riga", "body": {"model": "gpt", "messages": CHAT}}
     jobs = [
-        one("p.yml", yaml.safe_dump([{"messages": CHAT}])),
-        one("p.jsonl", json.dumps({"messages": other})),
-        one("p.jsonl", json.dumps(batch | {"body": {"model": "gpt", "messages": CHAT}})),
-        one("p.csv", as_csv([{"messages": CHAT}])),
+        one("p.yml", yaml.safe_dump([entry])),
+        one("p.jsonl", json.dumps(entry | {"messages": other})),
+        one("p.jsonl", json.dumps(BATCH | body)),
+        one("p.csv", as_csv([entry])),
         one("p.parquet", (tmp_path / "native.parquet").read_bytes()),
     ]
     for job in jobs:
@@ -439,6 +461,277 @@ def test_messages_are_read_from_every_format_and_from_openais_lines(one, tmp_pat
         assert job.prompt == "system: Be brief.\nuser: Capital of Latvia?\nassistant: It is"
     assert len({job.question for job in jobs}) == 1
     assert [job.slug for job in jobs] == ["capital-of-latvia"] * 2 + ["r1"] + [jobs[0].slug] * 2
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_an_answer_at_the_end_of_messages_is_explained_unless_something_else_is(one, suffix):
+    def asked(**more):
+        return one(f"p.{suffix}", FORMATS[suffix]([{"messages": CHAT, **more}])).asked
+
+    assert asked()["prompt"] == CHAT[:2] and asked()["answer"] == "It is"  # as in fine-tuning
+    for more, answer in ({"target": "x"}, None), ({"foil": "x"}, None), ({"answer": "y"}, "y"):
+        assert asked(**more)["prompt"] == CHAT and asked(**more)["answer"] == answer
+
+
+def test_without_an_answer_the_end_of_messages_is_a_beginning(one):
+    job = one("p.jsonl", json.dumps({"messages": CHAT, "answer": False}))
+    assert job.asked["prompt"] == CHAT and "answer" not in job.parameters
+
+
+def test_a_request_of_a_batch_carries_what_it_says_beside_the_messages(one):
+    body = {"model": "gpt", "temperature": 0.5, "chat": 1, "messages": CHAT[:2]}
+    job = one("p.jsonl", json.dumps(BATCH | {"body": body, "foil": "Oslo"}))
+    assert (job.slug, job.asked["prompt"], job.asked["foil"]) == ("r1", CHAT[:2], "Oslo")
+    about = {"model": "gpt", "temperature": 0.5, "body.chat": 1}
+    assert job.meta == {name: BATCH[name] for name in ("method", "url")} | about
+
+
+# --- names of keys, and what is carried --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("p.csv", "Prompt,TARGET , Label\nHi,a,x\n"),
+        ("p.csv", "Prompt;target;Label\nHi;a;x\n"),
+        ("p.csv", '"prompt";"target";"Label"\n"Hi";"a";"x"\n'),
+        ("p.csv", "sep=;\nprompt;target;Label\nHi;a;x\n"),
+        ("p.csv", "\nprompt\tLabel\ttarget\nHi\tx\ta\n"),
+        ("p.tsv", "prompt\ttarget\tLabel\nHi\ta\tx\n"),
+        ("p.csv", ",prompt,target,Label\n0,Hi,a,x\n"),
+        ("p.csv", "Unnamed: 0.1;Unnamed: 0;prompt;target;Label\n0;17;Hi;a;x\n"),
+        ("p.csv", "prompt,target,Label,,\nHi,a,x,,\n,,,,\n"),
+        ("p.csv", "prompt,target,Label,foil,chat,answer\nHi,a,x,NaN,<NA>,null\n"),
+        ("p.yml", "- {PROMPT: Hi, Target: a, Label: x, foil: .nan, chat: null}"),
+        ("p.jsonl", '{"Prompt": "Hi", "target ": "a", "Label": "x", "foil": NaN, "chat": null}'),
+        ("p.jsonl", '{"Unnamed: 0": 4, "prompt": "Hi", "target": "a", "Label": "x"}'),
+    ],
+)
+def test_names_in_any_case_and_cells_however_they_are_parted(one, name, content):
+    job = one(name, content)
+    assert job.parameters == {"prompt": "Hi", "target": "a"} | {
+        key: job.parameters[key] for key in ("model_name", "output_dir")
+    }
+    assert job.meta == {"Label": "x"}
+
+
+def test_a_data_frame_is_read_however_it_is_saved(one, planned, tmp_path):
+    frame = pd.DataFrame({"prompt": ["Ho", "Hi"], "answer": [None, 3], "n": [1.5, np.nan]}, [4, 7])
+    kept = frame.iloc[[1]]
+    kept.to_parquet(tmp_path / "f.parquet")
+    assert "__index_level_0__" in pyarrow.parquet.read_schema(tmp_path / "f.parquet").names
+    kept.to_csv(tmp_path / "again.csv")
+    jobs = [
+        one("p.csv", kept.to_csv()),
+        one("p.csv", kept.to_csv(na_rep="NaN", sep=";")),
+        one("p.csv", pd.read_csv(tmp_path / "again.csv").to_csv(sep="\t")),
+        one("p.jsonl", kept.to_json(orient="records", lines=True)),
+        one("p.parquet", (tmp_path / "f.parquet").read_bytes()),
+    ]
+    for job in jobs:
+        assert (job.prompt, job.asked["answer"]) == ("Hi", 3)
+        assert job.meta in ({}, {"n": None})
+    first, second = planned("p.csv", frame.to_csv())
+    assert (first.meta, second.meta) == ({"n": "1.5"}, {"n": None})
+    assert first.asked["answer"] is None
+
+
+@pytest.mark.parametrize("said", ["NA", "nan", "NULL", "None"])
+def test_a_prompt_is_a_text_whatever_it_says(one, refused, said):
+    assert one("p.csv", f"prompt,target\n{said},a\n").prompt == said
+    assert one("p.csv", f"prompt,label\nHi,{said}\n").meta in ({"label": said}, {})
+    for column in ("target", "foil", "answer", "evidence"):
+        if said in ("NA", "None"):
+            message = refused("p.csv", f"prompt,{column}\nHi,{said}\n")
+            assert f"row 1, column {column!r}: {said!r} may be a text or no value" in message
+        else:
+            assert column not in one("p.csv", f"prompt,{column}\nHi,{said}\n").parameters
+    assert one("p.csv", f"prompt,target\nHi, {said}\n").parameters["target"] == f" {said}"
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        ("prompt,\nHi,a\n", "'Unnamed: 1', counted from 0, has no name, and 'a' is no row"),
+        (
+            "prompt,\nHi,1066\n",
+            "'Unnamed: 1', counted from 0, has no name, and '1066' is no",
+        ),  # a target without its name
+        (",prompt\nfirst,Hi\n", "'Unnamed: 0', counted from 0, has no name, and 'first' is"),
+        ("prompt;target\nHi;a;b\n", "put a text with semicolons in quotes"),
+        ("prompt\ttarget\nHi\n", "put a text with tabs in quotes"),
+    ],
+)
+def test_a_cell_that_no_name_explains_is_told(refused, content, complaint):
+    message = refused("p.csv", content)
+    assert "p.csv, line 2, row 1: " in message and complaint in message
+
+
+def test_text_that_holds_the_other_characters_is_one_cell(planned):
+    for content, prompt in [
+        ("prompt\na;b\tc\n", "a;b\tc"),
+        ('prompt\n"a,b"\n', "a,b"),
+        ("prompt;label\na,b;c\n", "a,b"),
+        ('label,prompt\n"x;y\tz","a;b"\n', "a;b"),
+        ('"note; and, more";prompt\n1;"a;b, c"\n', "a;b, c"),
+    ]:
+        assert [job.prompt for job in planned("p.csv", content)] == [prompt]
+
+
+CARRIED = {"label": "x", "n": 3, "share": 0.5, "tags": [{"b": ["a"]}], "seen": True}
+
+
+@pytest.mark.parametrize("suffix", ["yml", "jsonl", "parquet"])
+def test_other_keys_are_carried_as_they_are_and_ask_nothing(one, suffix, tmp_path):
+    entries = [{"prompt": "Hi", "id": "a", **CARRIED}]
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(entries), tmp_path / "c.parquet")
+        content = (tmp_path / "c.parquet").read_bytes()
+    else:
+        content = FORMATS[suffix](entries)
+    job = one(f"p.{suffix}", content)
+    assert job.meta == CARRIED
+    plain = one("p.jsonl", '{"prompt": "Hi", "id": "a"}')
+    assert (job.question, job.identity) == (plain.question, plain.identity)
+    assert plain.meta == {}
+
+
+def test_every_job_of_a_plan_carries_the_same_names(planned):
+    jobs = planned("p.jsonl", '{"prompt": "a", "x": 1}\n"b"\n{"prompt": "c", "y": "2", "x": null}')
+    assert jobs.carried == ("x", "y")
+    assert [job.meta for job in jobs] == [
+        {"x": 1, "y": None},
+        dict.fromkeys("xy"),
+        {"x": None, "y": "2"},
+    ]
+
+
+def test_what_is_carried_is_plain_text_and_numbers(one, refused, tmp_path):
+    job = one(
+        "p.yml", "- {prompt: Hi, day: 2024-05-04, 7: 0x10, inf: .inf, void: .nan, b: !!binary aGk=}"
+    )
+    assert job.meta == {"day": "2024-05-04", "7": 16, "inf": "inf", "b": "b'hi'"}
+    assert json.loads(json.dumps(job.meta, allow_nan=False)) == job.meta
+    for entry, complaint in [
+        (r'{"prompt": "a", "label": "\ud800"}', "key 'label': The text has half of a surrogate"),
+        (r'{"prompt": "a", "tags": ["\u0000"]}', "key 'tags': The text has a NUL character"),
+        ('{"prompt": "a", "deep": ' + "[" * 50 + "]" * 50 + "}", "key 'deep': It is nested more"),
+        (json.dumps({"prompt": "a"} | {f"n{i}": 1 for i in range(101)}), "'n100' is one name too"),
+        ('{"prompt": "a", "Unnamed: 0": [1]}', "no row's number: name it"),
+        ('{"prompt": "a", "Prompt": "b"}', "The key 'prompt' is there twice: remove one."),
+    ]:
+        assert complaint in refused("p.jsonl", entry)
+
+    for content in (f"n: 0x{'f' * 5000}", f"0x{'f' * 5000}: n", f"Unnamed: 0x{'f' * 5000}"):
+        message = refused(
+            "p.yml", f"- {{prompt: a, {content}}}".replace("Unnamed:", "'Unnamed: 0':")
+        )
+        assert "p.yml, line 1, entry 1" in message and "put it in quotes" in message
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("prompr", "prompt"),
+        ("tarhet", "target"),
+        ("Fiol", "foil"),
+        ("option", "options"),
+        ("source", "sources"),
+        ("unit", "units"),
+        ("masseges", "messages"),
+        ("target_ids", "target"),
+        ("answerText", "answer"),
+        ("tar_get", "target"),
+    ],
+)
+def test_a_misspelt_key_is_refused_and_names_the_key_that_was_meant(refused, one, name, meant):
+    cure = f"is unknown: write {meant!r} if that is meant, or 'meta.{name}' to carry it along."
+    for suffix in ("yml", "jsonl"):
+        message = refused(f"p.{suffix}", FORMATS[suffix]([{"prompt": "Hi", name: "a"}]))
+        assert f"The key {name!r} {cure}" in message
+    message = refused("p.csv", f"prompt,{name}\nHi,a\n")
+    assert f"p.csv, line 1: The column {name!r} {cure}" in message
+    assert one("p.csv", f"prompt,meta.{name}\nHi,a\n").meta == {f"meta.{name}": "a"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["label", "category", "split", "fold", "idx", "note", "prompt_id", "text", "carried", "title"],
+)
+def test_a_name_that_is_like_no_key_is_carried(one, name):
+    assert one("p.csv", f"prompt,{name}\nHi,a\n").meta == {name: "a"}
+
+
+def test_options_are_target_and_foil(one, refused):
+    for entry, expected in [
+        ({"options": [" a", " b"]}, (" a", " b")),
+        ({"options": [" a", " b"], "target": " b"}, (" b", " a")),
+        ({"options": [1, 2]}, ("1", "2")),
+    ]:
+        for suffix in ("yml", "jsonl", "csv"):
+            job = one(f"p.{suffix}", FORMATS[suffix]([{"prompt": "x", **entry}]))
+            assert (job.parameters["target"], job.parameters["foil"]) == expected
+            assert "options" not in job.parameters
+    for entry, complaint in [
+        ({"options": ["a", "b", "c"]}, "Options are compared two at a time"),
+        ({"options": ["a"]}, "Options are compared two at a time"),
+        ({"options": ["a", "a"]}, "Options are compared two at a time"),
+        ({"options": "a or b"}, "It is no list: write one"),
+        ({"options": ["a", "b"], "target": "c"}, "The target 'c' is none of the options"),
+        ({"options": ["a", "b"], "foil": "c"}, "It has options and a foil"),
+        ({"options": ["a", "b"], "answer": 3}, "It has options and an answer"),
+    ]:
+        message = refused("p.jsonl", json.dumps({"prompt": "x", **entry}))
+        assert f"p.jsonl, line 1, key 'options': {complaint}" in message
+
+
+# --- what a notebook takes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        'prompt = "2+2="',
+        '# a = b\nprompt: str = "x"  # by = default',
+        "prompt: str",
+        "prompt = target = None",
+        'prompt, target = "a == b", ""',
+        'prompt = """two\nlines = here"""',
+        "prompt = dict(a=1, b=2)['a']",
+        'import os\nif True:\n    x = 1\nprompt = os.environ.get("a=b", "")',
+        '%matplotlib inline\nprompt = "x"',
+    ],
+)
+def test_the_parameters_of_a_notebook_are_what_its_cell_assigns(planned, tmp_path, cell):
+    path = write_notebook(tmp_path / "own.ipynb", cell)
+    (job,) = planned("p.jsonl", '"Hi"', notebook=str(path))
+    assert job.parameters == {"prompt": "Hi"}
+
+
+@pytest.mark.parametrize(
+    "cell",
+    ["# prompt = 1", "def f():\n    prompt = 1", 'text = """\nprompt = 1\n"""', "f(prompt=1)", ""],
+)
+def test_a_notebook_that_assigns_no_prompt_is_refused(refused, tmp_path, cell):
+    path = write_notebook(tmp_path / "own.ipynb", cell)
+    message = refused("p.jsonl", '"Hi"', notebook=str(path))
+    assert "takes no prompt" in message and "assign prompt in a cell with the tag" in message
+    path.write_text("{}", encoding="utf-8")
+    assert "not a notebook" in refused("p.jsonl", '"Hi"', notebook=str(path))
+
+
+def test_a_report_of_such_a_notebook_is_made_and_holds_what_was_carried(planned, tmp_path):
+    path = write_notebook(tmp_path / "own.ipynb", 'prompt = "2+2="', "print(prompt)")
+    (job,) = planned("p.csv", ";Prompt;model\n0;1+1=;x\n", notebook=str(path))
+    facts = run_report(job, tmp_path / "out", engine=None)
+    assert facts["error"] is None and facts["meta"] == {"model": "x"} and facts["model"] != "x"
+    kept = json.loads((tmp_path / "out" / job.slug / "report.json").read_text(encoding="utf-8"))
+    assert kept["meta"] == facts["meta"]
+    made = nbformat.read(tmp_path / "out" / job.slug / "report.ipynb", 4)
+    assert made.cells[-1].outputs[0]["text"] == "1+1=\n"
+
+
+# --- what an entry cannot ask ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -512,7 +805,7 @@ def test_the_sizes_of_a_plan_are_those_of_its_questions(planned, quick_notebook,
         {"prompt": "x", "target": "abc"},
         {"prompt": "x", "target": "ab", "foil": "cde"},
         {"prompt": "x", "answer": 4},
-        {"messages": CHAT, "units": "turns"},
+        {"messages": CHAT, "units": "turns", "answer": False},
     ]
     jobs = planned("p.jsonl", "\n".join(map(json.dumps, entries)), notebook=quick_notebook())
     assert jobs.outputs.tolist() == [1, 3, 4, 4, 1]

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from helpers import METHODS, InputError, ask, attribute, tiny_llama
 from helpers.attribution import BUDGET
@@ -22,7 +24,8 @@ from helpers.attribution.path import FIRST_EVALUATIONS
 from helpers.ground_truth import FAMILIES, cases
 from helpers.models import BUNDLED
 from llama_reports import scores as module
-from llama_reports.jobs import Job
+from llama_reports.command import app
+from llama_reports.jobs import Job, plan
 from llama_reports.scores import (
     DEFAULT_METHODS,
     EVIDENCE,
@@ -405,6 +408,60 @@ def test_a_method_or_a_model_that_will_not_do_is_refused(tiny_folder, tmp_path):
     with pytest.raises(InputError, match="no model folder"):
         score_part([job("a")], tmp_path, model=str(tmp_path / "none"))
     assert not list(tmp_path.iterdir())
+
+
+CARRIED = """,Prompt,Label,model,meta.model,tags
+0,The keys,a,gpt,x,"[1]"
+1,Riga is,NaN,,y,
+"""
+
+
+def test_what_is_carried_joins_the_prompts_in_columns_of_its_own(tiny_folder, tmp_path):
+    (tmp_path / "p.csv").write_text(CARRIED, encoding="utf-8")
+    jobs = plan(tmp_path / "p.csv", model=str(tiny_folder), folders=False)
+    out = tmp_path / "out"
+    for part in chunks(jobs, 1):  # a part whose prompt carries no label has the column too
+        score_part(part, out, model=str(tiny_folder), methods=["random"])
+    names = ["prompt", "Label", "meta.model", "meta.meta.model", "tags", "error"]
+    found = pd.read_parquet(out / "prompts")[names].sort_values("prompt", ignore_index=True)
+    found = found.astype(object).where(found.notna(), None)
+    assert found.to_numpy().tolist() == [
+        ["Riga is", None, None, "y", None, None],
+        ["The keys", "a", "gpt", "x", "[1]", None],
+    ]
+    assert len(duckdb.sql(f"SELECT Label FROM '{out}/prompts/*.parquet'").df()) == 2
+    assert finished_ids(out, jobs.carried) == {one.identity for one in jobs}
+    for others, why in (
+        ((), "'Label' is there and is not carried"),
+        ((*jobs.carried, "x"), "'x' is carried and not there"),
+    ):
+        with pytest.raises(InputError, match=why):
+            finished_ids(out, others)
+
+
+def test_values_that_are_no_text_are_carried_as_json(tiny_folder, tmp_path):
+    meta = {"n": 3, "share": 0.5, "sure": True, "of": {"a": ["é", None]}, "none": None}
+    one = replace(job("a"), meta=meta)
+    score_part([one], tmp_path, model=str(tiny_folder), methods=["random"])
+    (row,) = pq.read_table(tmp_path / "prompts").to_pylist()
+    assert {name: row[name] for name in meta} == {
+        "n": "3",
+        "share": "0.5",
+        "sure": "true",
+        "of": '{"a": ["é", null]}',
+        "none": None,
+    }
+
+
+def test_a_run_that_carries_other_columns_is_refused(tiny_folder, tmp_path):
+    options = ["--scores-only", "--out", tmp_path / "out", "--model", tiny_folder]
+    for content, status in [("prompt,label\nHi,x\n", 0), ("prompt,split\nHo,y\n", 2)]:
+        (tmp_path / "p.csv").write_text(content, encoding="utf-8")
+        given = [tmp_path / "p.csv", *options, "--method", "random"]
+        done = CliRunner().invoke(app, [*map(str, given)])
+        assert done.exit_code == status, done.output
+    assert "'label' is there and is not carried: choose another folder." in done.output
+    assert len(list(tmp_path.glob("out/prompts/*.parquet"))) == 1
 
 
 def test_tables_of_another_version_are_refused(scored, tmp_path):
