@@ -20,12 +20,18 @@ from helpers.errors import InputError
 from helpers.models import BUNDLED, load_tokenizer, public_name, resolve_model
 from helpers.questions import ANSWER, read_question
 from llama_reports.files import read_mapping
-from llama_reports.prompts import Entry, Row, is_reserved, parse_entry, read_entries
+from llama_reports.prompts import (
+    MOST_CARRIED,
+    Entry,
+    Row,
+    is_reserved,
+    parse_entry,
+    read_entries,
+)
 from llama_reports.versions import code_version, model_digest
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 DEFAULT_NOTEBOOK = "report"
-MOST_CARRIED = 100  # names of a file that are no keys: each is a column of the results
 TOLD = 20  # bad entries that are named; the rest is counted
 DIGITS = (0, 6, 16, 32)  # of a question's digest in a folder's name
 ASKED = ("target", "foil", "units", "sources", "chat", "raw")  # as a notebook and `ask` call them
@@ -252,12 +258,12 @@ def notebook_digest(path: str | Path) -> str:
 def parameter_names(path: str | Path) -> set[str]:
     """What a notebook's cell with the tag ``parameters`` assigns: the names that it takes.
 
-    The cell is read as Python; one that is not, such as one with magics, as papermill guesses it.
+    The cell is read as Python, with magics or without; one that is not, as papermill guesses it.
     Raises ``InputError`` for a file that is no notebook.
     """
     tagged = [cell for cell in _cells(path) if "parameters" in cell.metadata.get("tags", [])]
     try:
-        tree = ast.parse(tagged[0].source if tagged else "")
+        tree = _tree(tagged[0].source if tagged else "")
     except (SyntaxError, ValueError):
         try:
             return set(papermill.inspect_notebook(literal(path)))
@@ -271,6 +277,15 @@ def parameter_names(path: str | Path) -> set[str]:
     ]
     found = [name for target in targets for name in ast.walk(target)]
     return {n.id for n in found if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
+def _tree(source):
+    try:
+        return ast.parse(source)
+    except SyntaxError:  # a line such as %matplotlib inline
+        from IPython.core.inputtransformer2 import TransformerManager  # takes a second to import
+
+        return ast.parse(TransformerManager().transform_cell(source))
 
 
 def _cells(path):
@@ -316,7 +331,7 @@ def _carry(carried, entry):
     if len(names) > MOST_CARRIED:
         raise InputError(
             f"{names[MOST_CARRIED][:80]!r} is one name too many: a file carries at most "
-            f"{MOST_CARRIED} beside the keys."
+            f"{MOST_CARRIED} beside the keys, so drop some."
         )
 
 

@@ -47,6 +47,7 @@ _RESERVED = re.compile(
     r"|(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?"
 )
 _UNTEXT = re.compile("[\x00\ud800-\udfff]")
+MOST_CARRIED = 100  # names of a file that are no keys: each is a column of the results
 DEEPEST = 20  # lists and mappings in each other, of what is carried
 # a column without a name, as a data frame's index is saved, and as pandas calls it when read again
 _UNNAMED = re.compile(r"(unnamed: \d+(\.\d+)*)?")
@@ -289,6 +290,11 @@ def _given(raw, request):
 
 def _refuse_typos(names, what):
     """Refuse a name that a key may be meant by: to carry it would drop what the user asked."""
+    if len(names) > 2 * MOST_CARRIED:  # before any of them is looked at
+        raise InputError(
+            f"It has {len(names):,} names, and a file carries at most {MOST_CARRIED} beside the "
+            "keys: drop some."
+        )
     for name in names:
         meant = _near(_key(name))
         if meant:

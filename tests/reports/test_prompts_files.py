@@ -270,6 +270,7 @@ def test_an_error_names_its_file_its_row_and_its_column(refused, name, content, 
         ("p.csv", "prompt|target\nHi|a\n", "parted by commas, semicolons or tabs"),
         ("p.csv", "prompt,PROMPT \na,b\n", "a column is there twice"),
         ("p.csv", "prompt,label,label\na,b,c\n", "a column is there twice"),
+        ("p.csv", ",".join(["prompt", *map(str, range(300))]), "It has 301 names, and a file"),
         ("p.csv", "prompr\nHi\n", "line 1: The column 'prompr' is unknown: write 'prompt' if that"),
         (
             "p.csv",
@@ -622,10 +623,8 @@ def test_what_is_carried_is_plain_text_and_numbers(one, refused, tmp_path):
     ]:
         assert complaint in refused("p.jsonl", entry)
 
-    for content in (f"n: 0x{'f' * 5000}", f"0x{'f' * 5000}: n", f"Unnamed: 0x{'f' * 5000}"):
-        message = refused(
-            "p.yml", f"- {{prompt: a, {content}}}".replace("Unnamed:", "'Unnamed: 0':")
-        )
+    for name in ("n", "'Unnamed: 0'"):
+        message = refused("p.yml", f"- {{{name}: 0x{'f' * 5000}, prompt: a}}")
         assert "p.yml, line 1, entry 1" in message and "put it in quotes" in message
 
 
@@ -700,6 +699,7 @@ def test_options_are_target_and_foil(one, refused):
         "prompt = dict(a=1, b=2)['a']",
         'import os\nif True:\n    x = 1\nprompt = os.environ.get("a=b", "")',
         '%matplotlib inline\nprompt = "x"',
+        '%load_ext autoreload\n!ls\nprompt = "2+2="',
     ],
 )
 def test_the_parameters_of_a_notebook_are_what_its_cell_assigns(planned, tmp_path, cell):
