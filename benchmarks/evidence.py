@@ -50,6 +50,7 @@ from helpers.faithfulness import (
     erasure_curves,
     erasure_limit,
     erasure_measures,
+    evidence_table,
     importance_order,
     randomisation,
     rank_correlation,
@@ -457,6 +458,9 @@ def main(
         int, typer.Option(min=0, help="Prompts of each short family for the costliest methods.")
     ] = SUBSET,
     split: Annotated[str, typer.Option(help="tuning or reporting")] = "reporting",
+    section: Annotated[
+        bool, typer.Option("--section", help="Keep a section of results.md, too.")
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; one a core by default.")
     ] = None,
@@ -481,6 +485,9 @@ def main(
     (folder / "verdict.md").write_text(page + "\n", encoding="utf-8")
     save(draw(rows), folder / "evidence.png")
     print(f"{page}\n\nIn {folder}: verdict.md, evidence.parquet, evidence.png")
+    if section:
+        text = f"`{name}`, SHA-256 {digest_of(model)}.\n\n{another(rows)}"
+        keep("evidence_of_another", "Which method to believe on another model", text)
     if (model, split, per_family, subset) == (BUNDLED, "reporting", None, SUBSET):
         write_whole(rows, EVIDENCE)
         save(draw(rows), FIGURE)
@@ -669,6 +676,22 @@ def summary(found: pd.DataFrame) -> str:
         _grid([name for name in METHODS if name in best], changed),
     ]
     return "\n\n".join(text)
+
+
+def another(found: pd.DataFrame) -> str:
+    """The section of results.md about another model than the bundled one."""
+    marks = [by_method(table, "reciprocal_rank")["mean"] for table in (found, evidence_table())]
+    shared = marks[0].index.intersection(marks[1].index)
+    alike = rank_correlation(*(each[shared] for each in marks))
+    return "\n\n".join(
+        [
+            about_prompts(found),
+            *(f"**{title}** {sentence}" for title, sentence in answers(found).items()),
+            f"The order of {len(shared)} methods by finding the word agrees with that on the "
+            f"bundled model by a rank correlation of {alike:.2f}.",
+            methods_table(found, COLUMNS),
+        ]
+    )
 
 
 def randomised_depths(found):

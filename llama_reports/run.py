@@ -28,6 +28,7 @@ SUMMARY = [
 ATTEMPTS = 2  # kernels that may die of one prompt
 STARTS = 5  # kernels that may die before they are ready, which is no fault of a prompt
 TIMEOUT = 3600.0  # seconds that a report may take
+TOO_LONG = "It took more than {:g} seconds and was stopped: ask for less, or a longer --timeout."
 FULL = (errno.ENOSPC, errno.EDQUOT)
 OURS = ("report.ipynb", "report.html", "report.json")  # what a report's folder gets beside its own
 
@@ -71,6 +72,7 @@ def run_report(
     out.mkdir(parents=True, exist_ok=True)
     source = source or report_source(job.notebook)
     started, attempt, starts, died = time.perf_counter(), 0, 0, True
+    clock = _clock(timeout)
     while died:
         with tempfile.TemporaryDirectory(
             prefix=UNFINISHED, dir=out, ignore_cleanup_errors=True
@@ -78,11 +80,12 @@ def run_report(
             work = Path(name, "report")  # the notebook's own: it may do there what it likes
             try:
                 work.mkdir()
-                left = timeout - (time.perf_counter() - started)
-                error, died = _execute(source, job.parameters, work, engine, timeout, left)
+                error, died = _execute(source, job.parameters, work, engine, clock)
                 attempt += 1
                 if died and attempt < ATTEMPTS:
                     continue
+                if error is TOO_LONG:
+                    error = TOO_LONG.format(timeout)
                 error = _settle(work) or error
                 seconds = time.perf_counter() - started
                 return _finish(work, out, job, model, error, attempt, seconds)
@@ -104,19 +107,33 @@ def keep_failure(job: Job, out: Path, model: str, error: str) -> dict[str, Any]:
         return _finish(Path(name), out, job, model, error)
 
 
+def _clock(timeout):
+    """What gives a cell the seconds that are left of ``timeout``, from the first cell on.
+
+    What comes before, such as loading the model for all kernels, is no matter of one report.
+    """
+    deadline = None
+
+    def left(cell):
+        nonlocal deadline
+        deadline = deadline or time.monotonic() + timeout
+        return max(0.1, deadline - time.monotonic())  # 0 would be no limit
+
+    return left
+
+
 class _NotStarted(Exception):
     """A kernel that came to no cell: no fault of the prompt."""
 
 
-def _execute(source, parameters, work, engine, timeout, left):
+def _execute(source, parameters, work, engine, clock):
     """Run the notebook in ``work``; gives its error as text or ``None``, and if the kernel died.
 
-    The executed notebook is beside ``work``, out of its own reach. It has ``left`` seconds of the
-    ``timeout``.
+    The executed notebook is beside ``work``, out of its own reach. ``clock`` says how long a cell
+    may take.
     """
     report = work.with_name("report.ipynb")
     report.write_text(source, encoding="utf-8")
-    deadline = time.monotonic() + left
     try:
         papermill.execute_notebook(
             literal(report),
@@ -124,10 +141,11 @@ def _execute(source, parameters, work, engine, timeout, left):
             parameters=parameters,
             engine_name=engine,
             kernel_name="python3",
-            cwd=str(work),
+            # where the kernel starts; papermill's own cwd would take this process there, too, and
+            # leave it without a folder once the notebook has removed that
+            resources={"metadata": {"path": str(work)}},
             progress_bar=False,
-            # a cell has what is left to the report; 0 would be no limit
-            timeout_func=lambda cell: max(0.1, deadline - time.monotonic()),
+            timeout_func=clock,
             # only a real error is worth a line between the progress bar's
             extra_arguments=["--log-level=ERROR"],
         )
@@ -137,8 +155,7 @@ def _execute(source, parameters, work, engine, timeout, left):
             raise OSError(code, os.strerror(code), str(work.parent)) from None
         return f"{failure.ename}: {failure.evalue}", False
     except CellTimeoutError:
-        told = f"It took more than {timeout:g} seconds and was stopped: ask for less, or give a "
-        return told + "longer --timeout.", False
+        return TOO_LONG, False
     except DeadKernelError:
         return "The kernel died, most often for lack of memory: try a shorter prompt.", True
     except (RuntimeError, ConnectionError) as failure:

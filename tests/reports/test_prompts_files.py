@@ -993,11 +993,11 @@ def test_identity_changes_with_all_that_a_report_depends_on(planned, tmp_path, m
     assert len({job.question for job in [first, *others]}) == 1 + len(asked)
     assert one(asked[-1]).question == one(methods=["saliency"]).question
 
-    (tmp_path / "08_comparison.ipynb").write_text("", encoding="utf-8")
-    cells = nbformat.read(find_notebook("08_comparison"), 4)
+    (tmp_path / "report.ipynb").write_text("", encoding="utf-8")
+    cells = nbformat.read(find_notebook("report"), 4)
     cells.cells.append(nbformat.v4.new_code_cell("1 + 1"))
-    nbformat.write(cells, tmp_path / "08_comparison.ipynb")
-    answered = [one(notebook=str(tmp_path / "08_comparison.ipynb")), one(dtype="bfloat16")]
+    nbformat.write(cells, tmp_path / "report.ipynb")
+    answered = [one(notebook=str(tmp_path / "report.ipynb")), one(dtype="bfloat16")]
     monkeypatch.setattr(jobs_module, "code_version", lambda: "another")
     answered.append(one())
     monkeypatch.setattr(jobs_module, "model_digest", lambda name: "another")

@@ -320,6 +320,7 @@ def command(*arguments):
 def test_help_names_every_option():
     shown = command("--help").stdout
     options = "--out --model --notebook --method --dtype --workers --scheduler --threads"
+    options += " --timeout --only --retry-failed --replace"
     for option in ["PROMPTS", *options.split(), "--scores-only", "--dry-run"]:
         assert option in shown
 

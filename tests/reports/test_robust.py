@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -71,19 +70,17 @@ def test_a_cell_that_never_ends_is_stopped_and_the_next_report_is_made(
     out = tmp_path / "out"
     jobs = jobs_of(tmp_path, notebook, tiny_folder, *TWO)
     began = time.monotonic()
-    given = {"engine": engine, "timeout": 12}
+    seconds = 12 if engine else 60  # a cold kernel has torch to import
+    given = {"engine": engine, "timeout": seconds}
     bad, good = (run_report(job, out, str(tiny_folder), **given) for job in jobs)
-    assert "more than 12 seconds" in bad["error"] and "--timeout" in bad["error"]
+    assert f"more than {seconds} seconds" in bad["error"] and "--timeout" in bad["error"]
     assert good["error"] is None and time.monotonic() - began < PATIENCE / 2
     kernel, child = map(int, place.read_text().split())
     assert not psutil.pid_exists(kernel)
-    if engine == "warm":  # papermill's own leaves what a kernel started
-        deadline = time.monotonic() + 10
-        while psutil.pid_exists(child) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not psutil.pid_exists(child)
-    else:
-        os.kill(child, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(child) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not psutil.pid_exists(child)
 
 
 def test_a_report_as_a_whole_has_the_same_limit_as_a_cell(tmp_path, quick_notebook, tiny_folder):
@@ -130,7 +127,7 @@ def test_a_kernel_that_dies_before_it_is_ready_is_tried_again(
 
 
 SPOILS = {
-    "import shutil; shutil.rmtree('.')": "its folder is gone",
+    "import os, shutil; shutil.rmtree(os.getcwd())": "its folder is gone",
     "import os, shutil; d = os.getcwd(); shutil.rmtree(d); open(d, 'w').close()": "folder is gone",
     "import os, shutil; d = os.getcwd(); shutil.rmtree(d); os.symlink('/tmp', d)": "folder is gone",
     "Path('figures').mkdir(); Path('figures', 'a.png').mkdir(); Path('a.png').touch()": "folder",
@@ -149,8 +146,7 @@ def test_whatever_a_notebook_makes_of_its_folder_the_others_are_made(
     cells = [f"if prompt == 'The keys to {i}':\n    {cell}" for i, cell in enumerate(SPOILS)]
     entries = [{"id": f"bad-{i}", "prompt": f"The keys to {i}"} for i in range(len(SPOILS))]
     good = {"id": "good", "prompt": "The doors to"}
-    out, outside = tmp_path / "out", tmp_path / "outside"
-    outside.mkdir()
+    out = tmp_path / "out"
     jobs = jobs_of(tmp_path, quick_notebook(*cells), tiny_folder, *entries, good)
     for job in jobs:
         run_report(job, out, str(tiny_folder))
