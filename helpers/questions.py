@@ -65,6 +65,7 @@ class Question:
     ``probability``   of the whole target, given the prompt
     ``notes``         sentences: what makes the question a weak one
     ``top``, ``top_probability``  the model's own next token after the prompt, and its probability
+    ``own``           whether the target is what the model itself goes on with
     ``rank``          the place of the target's first token among the next tokens, from 1
     ``objective``     ``"log_probability"``, or ``"logit"`` for the raw logits of the usual code
 
@@ -86,6 +87,7 @@ class Question:
     top: int | None = None
     top_probability: float | None = None
     rank: int | None = None
+    own: bool | None = None
     objective: str = "log_probability"
     grouping: str = "tokens"
     read: Prompt | None = field(default=None, repr=False, compare=False)
@@ -325,7 +327,7 @@ def completed(question: Question, facts: Facts) -> Question:
     if facts.probability ** (1 / count if own else 1) < WEAK:
         notes.append(f"The target's probability is under 1 %: {facts.probability:.2g}.")
     found = {name: getattr(facts, name) for name in _TOLD}
-    return replace(question, notes=tuple(notes), **found)
+    return replace(question, notes=tuple(notes), own=own, **found)
 
 
 def read_facts(

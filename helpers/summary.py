@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from IPython.display import display
 
-from helpers.attribution import Attribution, asking, attribute_all
+from helpers.attribution import METHODS, Attribution, asking, attribute_all
 from helpers.attribution.perturbation import coalition_values
 from helpers.faithfulness import against_random
 from helpers.prompts import token_labels
@@ -95,7 +95,9 @@ class Summary:
         question, target = self.question, quoted(self.question.target_label or "")
         share = f"{self._share(self.whole)}{self._of_a_token}"
         told = f"After this prompt the model goes on with {target}: {share}."
-        if question.rank != 1:
+        if not question.own and question.rank == 1:
+            told = f"Asked about {target}: {share}. The model itself goes on otherwise."
+        elif not question.own:
             before = question.input_ids[0].tolist()
             own = token_labels(question.tokenizer, [question.top or 0], before)[0]
             goes_on = f"{quoted(own)} ({percent(question.top_probability or 0.0)})"
@@ -269,16 +271,20 @@ def summarise(
 
 
 def explain(
-    model: Any, question: Question, methods: Sequence[str] = TRUSTED, seed: int = 0
+    model: Any, question: Question, methods: Sequence[str] | None = None, seed: int = 0
 ) -> Summary:
-    """What the model relied on for ``question``, by ``methods`` and their test by erasure."""
+    """What the model relied on for ``question``, by ``methods`` and their test by erasure.
+
+    By default those of ``TRUSTED`` that fit the model.
+    """
+    methods = methods or [name for name in TRUSTED if METHODS[name].refusal(model) is None]
     ((question, results),) = attribute_all(model, [question], methods)
     steps = min(len(question.units), max(2, 330 // len(question.labels)))
     tested = against_random(model, question, results, seed=seed, steps=steps)
     return summarise(model, question, results, tested)
 
 
-def show(model: Any, question: Question, methods: Sequence[str] = TRUSTED) -> Summary:
+def show(model: Any, question: Question, methods: Sequence[str] | None = None) -> Summary:
     """Show in a notebook what ``explain`` finds, and return it."""
     found = explain(model, question, methods)
     display(found)

@@ -27,7 +27,7 @@ from helpers.attribution.methods import BUILT_IN
 from helpers.errors import InputError
 from helpers.machine import SlowPrecision
 from helpers.models import BUNDLED
-from helpers.summary import TRUSTED, explain
+from helpers.summary import explain
 from llama_reports.costs import measure, model_shape, needs, slow_dtype
 from llama_reports.estimate import estimate, long_run, refuse_what_does_not_fit
 from llama_reports.files import only_writer, read_mapping, write_whole
@@ -200,7 +200,7 @@ def ask_command(
         loaded, tokenizer = load_model(model, dtype=dtype)
         asked: dict[str, Any] = {"target": target, "foil": foil, "answer": answer}
         asked |= {"units": units, "chat": chat}
-        found = explain(loaded, ask(loaded, tokenizer, prompt, **asked), method or TRUSTED)
+        found = explain(loaded, ask(loaded, tokenizer, prompt, **asked), method)
         if html is not None:
             write_whole(html, summary_page(found).encode("utf-8"))
     except (InputError, OSError) as error:

@@ -19,6 +19,7 @@ from helpers.summary import (
     FEW,
     TRUSTED,
     coloured_text,
+    explain,
     most_trusted,
     percent,
     probabilities_without,
@@ -139,6 +140,26 @@ def test_of_a_long_answer_a_tokens_probability_is_told_and_each_token_by_itself(
     usable = [i for i, unit in enumerate(question.units) if unit.part != "template"]
     best = max(usable, key=lambda i: float(last[i]))
     assert f"{quoted(question.units[best].label)} {last[best]:+.2f}" in shown.split("<details>")[-1]
+
+
+def test_what_the_model_does_not_say_itself_is_never_called_its_own(bundled):
+    begin = "The capital city of Latvia is"
+    own = explain(*_asked(bundled, begin), ["occlusion"])
+    assert own.answered.startswith("After this prompt the model goes on with “Rig”")
+    half = explain(*_asked(bundled, begin, target=" Rigorous"), ["occlusion"])
+    assert half.question.rank == 1 and half.answered.endswith("The model itself goes on otherwise.")
+    other = explain(*_asked(bundled, begin, target=" Tallinn"), ["occlusion"])
+    assert "The model itself goes on with “Rig” (31 %)." in other.answered
+
+
+def _asked(loaded, *prompt, **options):
+    return loaded[0], ask(*loaded, *prompt, **options)
+
+
+def test_a_model_that_some_trusted_methods_do_not_fit_is_explained_by_the_others(linear, tiny):
+    summary = explain(linear, ask(linear, tiny[1], "abcdef"))
+    assert set(summary.top_units) == {"occlusion"}
+    assert "No second method" in " ".join(summary.trust)
 
 
 def test_a_chat_template_is_never_among_the_strongest(bundled):

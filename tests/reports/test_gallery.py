@@ -144,6 +144,9 @@ def test_a_row_has_the_coloured_prompt_the_answer_and_the_trust(tmp_path):
     said = {"occlusion": {"scores": [0.5, -1.0, 2.0]}, "saliency": {"scores": [3, 2, 1]}}
     told = {"heading": "Why “x”?", "answered": "It goes on with <x>: 31 %.", "trust": trust}
     told |= {"method": "occlusion", "strongest": [2, 0]}
+    write_report(tmp_path, "b", "no heading", said, summary=told | {"heading": None})
+    assert ">no heading</a>" in write_index(tmp_path).read_text(encoding="utf-8")
+    shutil.rmtree(tmp_path / "b")
     write_report(tmp_path, "a", "one", said, summary=told)
     page = write_index(tmp_path).read_text(encoding="utf-8")
     (coloured,) = re.findall(r'<pre class="coloured".*?</pre>', page)
