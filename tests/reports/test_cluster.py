@@ -52,6 +52,18 @@ def test_every_task_comes_back_once_and_the_poisoned_one_alone_fails(tmp_path):
     assert not list(tmp_path.glob(".probe-*"))
 
 
+def environment(name):
+    return os.environ.get(name)
+
+
+def test_a_worker_keeps_freed_memory_for_the_next_row(tmp_path):
+    names = ["MALLOC_TRIM_THRESHOLD_", "OMP_NUM_THREADS"]
+    found = {
+        name: value for name, value, _ in run_on_cluster(environment, names, tmp_path, workers=1)
+    }
+    assert found["MALLOC_TRIM_THRESHOLD_"] is None and found["OMP_NUM_THREADS"] is not None
+
+
 def endless():
     for number in range(10**9):
         assert number < 200, "tasks are read long before a worker is free for them"
