@@ -32,6 +32,7 @@ from helpers.attribution.engine import (
     gradient_bytes,
 )
 from helpers.attribution.methods import options_of
+from helpers.attribution.path import FIRST_ROUND
 from helpers.errors import InputError
 from helpers.machine import free_memory, slow_precision
 from helpers.models import (
@@ -45,7 +46,7 @@ from helpers.models import (
 
 TOY_LAYERS = 3  # of the toy: two, and about one more in what stands around them
 # measured over reports on benchmarks/prompts/tuning.yml with the bundled model
-ROUNDS = 6  # of passes in which a method of many gradients asks for them
+ROUNDS = 6  # of passes, at most, in which a method of many gradients asks for them
 EFFICIENCY = 0.85  # of the rate of matrix products, over all that a pass does
 READING = 0.5  # of the speed at which one large matrix is read, over the weights of all layers
 MAP = 6, 3  # passes over an attention map: in a cache, and beyond
@@ -472,12 +473,17 @@ def gradient(shape: Shape, rows: float, seq: int, outputs: int = 1) -> np.ndarra
     return work(2 * flops + attention, gradients=passes)
 
 
+def _rounds(price):
+    """In how many rounds the gradients are asked for, of which the first has ``FIRST_ROUND``."""
+    return min(ROUNDS, math.ceil(price.gradients / FIRST_ROUND))
+
+
 def priced(shape: Shape, price: Price, size: Size, rows: int = 1) -> np.ndarray:
     """The ``work`` that a method's ``Price`` stands for, over ``rows`` prompts together."""
     found, seq = work(), size.length
     if price.gradients:
         found += gradient(shape, rows * price.gradients, seq, size.outputs)
-        found += work(gradients=ROUNDS * (price.gradients > 1))
+        found += work(gradients=_rounds(price) if price.gradients > 1 else 0)
     if price.forwards and price.share < 1:  # variants that share a beginning, in smaller passes
         together = FULL_PASS // seq  # rows that begin where the first of them does
         shared = (1 - price.share) * (1 - min(1, together / (rows * price.forwards)))
@@ -542,7 +548,7 @@ def memory(
     most, rows = TOKENS_PER_BATCH["cpu"], 1 if least else rows
     kept = by = maps = 0.0
     if price.gradients:
-        points = price.gradients / (ROUNDS if price.gradients > 1 else 1)
+        points = price.gradients / _rounds(price)
         at_once = 1 if least else max(1, min(rows * math.ceil(points), most // seq))
         kept = at_once * seq * price.kept * shape.token("gradient")
     if price.forwards and price.share < 1:

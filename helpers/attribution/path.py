@@ -14,6 +14,7 @@ from helpers.errors import InputError
 from helpers.questions import Question
 
 FIRST_EVALUATIONS = 33  # sixteen pieces of the path, before anything is known about it
+FIRST_ROUND = (FIRST_EVALUATIONS + 1) // 2  # their ends, which are asked for together
 FEWEST_CUT = 8  # pieces at a time: a pass of fewer points hardly takes less time
 LEAST_WIDTH = 2**-20  # of the path: a piece whose ends float32 can hardly tell apart stays whole
 Points = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -75,7 +76,7 @@ def refine(run: Points, tolerance: float, max_evaluations: int) -> dict[str, Any
         outs = values.shape[1]
         return values, slopes.flatten(1)
 
-    alphas = torch.linspace(0, 1, (FIRST_EVALUATIONS + 1) // 2, dtype=torch.float64)
+    alphas = torch.linspace(0, 1, FIRST_ROUND, dtype=torch.float64)
     pieces = [some.unfold(0, 3, 2) for some in (alphas, *flat(alphas))]
     pieces[1:] = [some.transpose(1, 2) for some in pieces[1:]]  # unfold puts the points last
     moved = pieces[1][-1, 2] - pieces[1][0, 0]  # [outs]
