@@ -609,6 +609,28 @@ def prompt_units(
     return [_unit(prompt, positions) for positions in groups.values()]
 
 
+def joined_units(prompt: Prompt, units: Sequence[Unit], most: int) -> list[Unit]:
+    """Neighbours of one part joined, so that about ``most`` units are left of all that was written.
+
+    A unit that is longer than its share stays as it is.
+    """
+    written = [unit for unit in units if unit.part != "template"]
+    room = sum(len(unit.positions) for unit in written) / most
+    found: list[Unit] = []
+    for unit in units:
+        last = found[-1] if found else None
+        if (
+            last is not None
+            and last.part == unit.part != "template"
+            and last.positions[-1] + 1 == unit.positions[0]
+            and len(last.positions) + len(unit.positions) <= room
+        ):
+            found[-1] = _unit(prompt, [*last.positions, *unit.positions])
+        else:
+            found.append(unit)
+    return found
+
+
 def _place(prompt, position, fine):
     """The character that decides to which stretch a token belongs."""
     begin, end = prompt.spans[position]

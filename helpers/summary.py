@@ -17,16 +17,19 @@ import pandas as pd
 import torch
 from IPython.display import display
 
-from helpers.attribution import METHODS, Attribution, asking, attribute_all
+from helpers.attribution import METHODS, Attribution, asking, attribute, attribute_all
 from helpers.attribution.perturbation import coalition_values
 from helpers.faithfulness import against_random
-from helpers.prompts import token_labels
+from helpers.prompts import FINE, Unit, joined_units, prompt_units, token_labels
 from helpers.questions import Question
 from helpers.tables import NOT_WRITTEN, written_first
 
 TRUSTED = ("find_then_rank", "occlusion", "relevance")  # see "Which method to believe", README
 # What a report runs: these, the three usual methods beside them, and the control.
 REPORTED = (*TRUSTED, "saliency", "attention", "integrated_gradients", "random")
+REPORTED_LONG = ("occlusion", "relevance", "attention", "random")  # of a long prompt
+LONG = 400  # tokens from which on a prompt is read coarse to fine
+BLOCKS = 20  # of sentences, in a long prompt
 STRONGEST = 3  # units that get a number
 HALVED = 0.69  # nats: the odds of the answer are half of what they were
 LONGEST = 2000  # characters of what is shown of one token of an answer
@@ -60,6 +63,7 @@ class Summary:
     ``without``    what was found without each of these, and without all of them
     ``each``       scores of every output token by itself [outputs, units], where there are several
     ``outputs``    these tokens as text
+    ``inside``     the words of the strongest unit, where that is a sentence or more
     ``borne_out``  ``"yes"``, ``"weak"`` or ``"no"``; ``trust`` are the sentences that say why
     ``top_units``  ``{method: labels}``, the strongest of each
     """
@@ -76,6 +80,7 @@ class Summary:
     top_units: Mapping[str, list[str]]
     each: torch.Tensor | None = None
     outputs: tuple[str, ...] = ()
+    inside: "Summary | None" = None
 
     @property
     def heading(self) -> str:
@@ -133,7 +138,7 @@ class Summary:
             )
         told = []
         for found in self.without:
-            names = [quoted(question.units[unit].label) for unit in found.units]
+            names = [self._name(unit) for unit in found.units]
             name = names[0] if len(names) == 1 else f"all {('', '', 'two', 'three')[len(names)]}"
             falls = "falls" if found.moved > 0 else "rises"
             both = [
@@ -156,6 +161,7 @@ class Summary:
             "method": self.method,
             "strongest": list(self.strongest),
             "top_units": dict(self.top_units),
+            "inside": [] if self.inside is None else self.inside.facts()["without"],
             "without": [
                 {"units": [self.question.units[unit].label for unit in found.units]}
                 | {"probability": math.exp(found.log_probability), "against": found.against}
@@ -166,23 +172,18 @@ class Summary:
         }
 
     def __repr__(self) -> str:
-        lines = [self.heading, self.answered, *self.removed, *self.trust, *self.question.notes]
+        lines = [self.heading, self.answered, *self.removed]
+        if self.inside is not None:
+            lines += [f"Inside {self._name(self.strongest[0])}:", *self.inside.removed]
+        lines += [*self.trust, *self.question.notes]
         return "\n".join(lines)
 
     def _repr_html_(self):
-        units = self.question.units
-        text = coloured_text(
-            [unit.label for unit in units],
-            self.scores,
-            [unit.part for unit in units],
-            self.strongest,
-            signed=self.signed,
-        )
         body = [
             f"<style>{stylesheet()}</style>",
             f"<h1>{html.escape(self.heading)}</h1>",
             f'<p class="answered" dir="auto">{html.escape(self.answered)}</p>',
-            text,
+            self._coloured(),
             f'<p class="legend">{html.escape(self._legend)}</p>',
             "<ol>",
             *(f'<li dir="auto">{html.escape(line)}</li>' for line in self._each),
@@ -191,6 +192,7 @@ class Summary:
             f'<p class="trust {self.borne_out}"><b>{self.verdict}</b> '
             f"{html.escape(' '.join(self.trust))}</p>",
             *(f'<p class="warning">{html.escape(note)}</p>' for note in self.question.notes),
+            *self._inside_html(),
             *self._outputs_html(),
         ]
         return f'<div class="summary">{"".join(body)}</div>'
@@ -200,6 +202,31 @@ class Summary:
         """Whether the tests bear the strongest units out, in two words."""
         told = {"yes": "Borne out.", "weak": "Weakly borne out.", "no": "Not borne out."}
         return told[self.borne_out]
+
+    def _inside_html(self):
+        """The strongest unit's words, coloured, and what was found without the strongest."""
+        if self.inside is None:
+            return
+        yield f"<h2>Inside {html.escape(self._name(self.strongest[0]))}</h2>"
+        yield self.inside._coloured(only=self.question.units[self.strongest[0]].positions)
+        yield '<p class="legend">Coloured by relevance, which proposed these words.</p>'
+        lines = [f'<li dir="auto">{html.escape(line)}</li>' for line in self.inside.removed]
+        yield f"<ol>{''.join(lines)}</ol>"
+
+    def _coloured(self, only=None):
+        """The prompt, or those of its units that hold tokens of ``only``, coloured."""
+        units = self.question.units
+        places = [i for i, u in enumerate(units) if only is None or set(u.positions) <= set(only)]
+        return coloured_text(
+            [units[i].label for i in places],
+            self.scores[places],
+            [units[i].part for i in places],
+            [places.index(i) for i in self.strongest],
+            signed=self.signed,
+        )
+
+    def _name(self, unit):
+        return quoted(self.question.units[unit].label)
 
     def _outputs_html(self):
         """What each token of the answer came from: a line each, which opens."""
@@ -254,7 +281,9 @@ def summarise(
     groups += [tuple(strongest)] if len(strongest) > 1 else []
     whole, *found = probabilities_without(model, question, [(), *groups])
     borne_out, sentences = _trust(question, method, first, found, tested)
+    coarse = question.grouping not in FINE and strongest
     return Summary(
+        inside=_inside(model, question, strongest[0]) if coarse else None,
         question=question,
         whole=whole,
         method=method,
@@ -270,14 +299,67 @@ def summarise(
     )
 
 
+def _inside(model, question, unit):
+    """The words of a unit by relevance, the strongest of them tried on the model; a ``Summary``.
+
+    ``None`` where the rules of relevance do not fit the model, or there are no two words.
+    """
+    inside, words = set(question.units[unit].positions), []
+    for word in prompt_units(question.read, "words"):
+        own = [place for place in word.positions if place in inside]
+        if len(own) == len(word.positions):
+            words.append(word)
+        elif own:  # a space before the next sentence's first word is a token of some tokenizers
+            label = "".join(question.labels[place] for place in own)
+            words.append(Unit(label, tuple(own), word.part))
+    if METHODS["relevance"].refusal(model) is not None or len(words) < 2:
+        return None
+    units = [*question.units[:unit], *words, *question.units[unit + 1 :]]
+    closer = replace(question, units=units, grouping="words")
+    scores = attribute(model, closer, "relevance").scores
+    places = range(unit, unit + len(words))
+    strongest = sorted(places, key=lambda place: -float(scores[place]))[:STRONGEST]
+    whole, *found = probabilities_without(model, closer, [(), *((place,) for place in strongest)])
+    return Summary(
+        question=closer,
+        whole=whole,
+        method="relevance",
+        scores=scores,
+        signed=True,
+        strongest=tuple(strongest),
+        without=tuple(found),
+        borne_out="weak",
+        trust=(),
+        top_units={},
+    )
+
+
+def default_units(question: Question) -> Question:
+    """``question`` in words; one of more than 400 tokens in up to 20 blocks of whole sentences."""
+    read, answer = question.read, [unit for unit in question.units if unit.part == "answer"]
+    if read is None:
+        return question
+    if len(question.labels) <= LONG:
+        return replace(question, units=prompt_units(read, "words") + answer, grouping="words")
+    blocks = joined_units(read, prompt_units(read, "sentences"), BLOCKS)
+    return replace(question, units=blocks + answer, grouping="sentences")
+
+
+def reported(tokens: int) -> tuple[str, ...]:
+    """The methods of a report on a prompt of so many tokens, where none are named."""
+    return REPORTED if tokens <= LONG else REPORTED_LONG
+
+
 def explain(
     model: Any, question: Question, methods: Sequence[str] | None = None, seed: int = 0
 ) -> Summary:
     """What the model relied on for ``question``, by ``methods`` and their test by erasure.
 
-    By default those of ``TRUSTED`` that fit the model.
+    By default those of ``TRUSTED`` that fit the model; of a long prompt, occlusion and relevance.
     """
-    methods = methods or [name for name in TRUSTED if METHODS[name].refusal(model) is None]
+    if not methods:
+        usual = [name for name in reported(len(question.labels)) if name in TRUSTED]
+        methods = [name for name in usual if METHODS[name].refusal(model) is None]
     ((question, results),) = attribute_all(model, [question], methods)
     steps = min(len(question.units), max(2, 330 // len(question.labels)))
     tested = against_random(model, question, results, seed=seed, steps=steps)

@@ -27,7 +27,7 @@ from helpers.attribution.methods import BUILT_IN
 from helpers.errors import InputError
 from helpers.machine import SlowPrecision
 from helpers.models import BUNDLED
-from helpers.summary import explain
+from helpers.summary import default_units, explain
 from llama_reports.costs import measure, model_shape, needs, slow_dtype
 from llama_reports.estimate import estimate, long_run, refuse_what_does_not_fit
 from llama_reports.files import only_writer, read_mapping, write_whole
@@ -181,8 +181,8 @@ def ask_command(
         int | None, typer.Option(min=1, help="Explain an answer of at most so many tokens.")
     ] = None,
     units: Annotated[
-        str, typer.Option(help="What gets a score: tokens, words, sentences or turns.")
-    ] = "words",
+        str | None, typer.Option(help="What gets a score: tokens, words, sentences or turns.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Through the chat template.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the page to this file, too.")] = None,
     model: Model = BUNDLED,
@@ -198,9 +198,9 @@ def ask_command(
         if html is not None and not html.parent.is_dir():
             raise InputError(f"There is no folder {html.parent} for the page: make it first.")
         loaded, tokenizer = load_model(model, dtype=dtype)
-        asked: dict[str, Any] = {"target": target, "foil": foil, "answer": answer}
-        asked |= {"units": units, "chat": chat}
-        found = explain(loaded, ask(loaded, tokenizer, prompt, **asked), method)
+        asked: dict[str, Any] = {"target": target, "foil": foil, "answer": answer, "chat": chat}
+        question = ask(loaded, tokenizer, prompt, **asked, units=units or "tokens")
+        found = explain(loaded, question if units else default_units(question), method)
         if html is not None:
             write_whole(html, summary_page(found).encode("utf-8"))
     except (InputError, OSError) as error:

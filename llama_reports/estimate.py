@@ -16,7 +16,7 @@ from helpers.attribution.engine import TOKENS_PER_BATCH
 from helpers.attribution.methods import erasure_price
 from helpers.errors import InputError
 from helpers.models import public_name
-from helpers.summary import REPORTED, STRONGEST
+from helpers.summary import LONG, STRONGEST, reported
 from llama_reports.costs import (
     MARGIN,
     Machine,
@@ -46,7 +46,7 @@ FIXED = 2.5, 0.08  # seconds of a report beside the model's, and those a token: 
 DISK = 1_450_000, 75_000  # bytes of a report's folder, and those a token
 SCORE = 16  # bytes of a score on disk, and of what stands beside it
 PROCESS = 600_000_000  # bytes of a process that has imported everything, without a model
-LONG = 3600.0  # seconds from which on a run says how long it will take
+HOUR = 3600.0  # seconds from which on a run says how long it will take
 FAST = 1e12, 1e11, 1e-5, 1e10, 1e10  # a machine beside which this one is slow
 
 
@@ -149,10 +149,10 @@ def long_run(
     if shape is None or estimate(plan, machine=Machine(*FAST), **options).seconds < 60:
         return None
     machine = measure(shape, plan.dtype, threads)
-    if estimate(plan, machine=machine, **options).seconds < LONG:
+    if estimate(plan, machine=machine, **options).seconds < HOUR:
         return None
     seconds = estimate(plan, out, machine=machine, done=done, **options).seconds
-    if seconds < LONG:
+    if seconds < HOUR:
         return None
     return f"This will take about {in_time(seconds)}: --dry-run tells more."
 
@@ -238,13 +238,17 @@ def _left(plan, done):
 
 
 def report_work(shape: Shape, size: Size, methods: Iterable[str] = ()) -> np.ndarray:
-    """The ``work`` of ``DEFAULT_NOTEBOOK`` on a prompt; no methods are those of ``REPORTED``.
+    """The ``work`` of ``DEFAULT_NOTEBOOK`` on a prompt; no methods are those of ``reported``.
 
     Its own part: the question, the prompt without its strongest units, of the target alone and
-    beside a foil, and the erasure of units in the order of each method and in random ones.
+    beside a foil, in a long one without the strongest words too, and the erasure of units in the
+    order of each method and in random ones.
     """
-    methods = list(methods or REPORTED)
+    methods = list(methods or reported(size.tokens))
     own = priced(shape, Price(forwards=2 + 2 * (STRONGEST + 1)), size)
+    if size.tokens > LONG:
+        own += priced(shape, Price(forwards=2 * (STRONGEST + 1)), size)
+        own += methods_work(shape, size, ["relevance"])
     own += priced(shape, erasure_price(size.units, size.tokens, len(methods)), size)
     return own + methods_work(shape, size, methods)
 
@@ -297,10 +301,10 @@ def _correction(plan, shape, machine, notebook, out):
             if [facts[name] for name in ("notebook", "model", "error")] != alike:
                 continue
             tokens, seconds = int(facts["tokens"]), float(facts["seconds"])
+            size = Size(tokens, int(facts.get("units") or tokens))
         except (ValueError, KeyError, TypeError):
             continue
         took, count = took + seconds, count + 1
-        size = Size(tokens, tokens)
         planned += _report_seconds(shape, machine, size, _methods_of(file.parent))
     return (took / planned, count) if count >= ENOUGH else (1.0, 0)
 
@@ -334,13 +338,15 @@ def _longest(plan, left, scores_only, every=False):
     """
     found = []
     for kind, (notebook, methods) in enumerate(plan.asked):
-        own = REPORTED if notebook == DEFAULT_NOTEBOOK else METHODS if every else ()
-        methods = sorted(methods or (DEFAULT_METHODS if scores_only else own))
         there = left & (plan.kinds == kind)
         facts = np.stack([plan.tokens, plan.units, plan.outputs])[:, there]
         if facts.size:
             sizes = np.unique(facts, axis=1) if every else facts.max(axis=1, keepdims=True)
-            found += [(methods, Size(*size)) for size in sizes.T.tolist()]
+            for size in (Size(*size) for size in sizes.T.tolist()):
+                default = notebook == DEFAULT_NOTEBOOK
+                own = reported(size.tokens) if default else METHODS if every else ()
+                own = DEFAULT_METHODS if scores_only else own
+                found.append((sorted(methods or own), size))
     return found
 
 

@@ -19,6 +19,7 @@ from helpers.attribution import METHODS
 from helpers.errors import InputError
 from helpers.models import BUNDLED, load_tokenizer, public_name, resolve_model
 from helpers.questions import ANSWER, read_question
+from helpers.summary import default_units
 from llama_reports.files import read_mapping
 from llama_reports.prompts import (
     MOST_CARRIED,
@@ -45,8 +46,9 @@ class Job:
     is the digest of what is asked: all that an entry says but its id. ``identity`` is that of what
     answers the question too: all parameters, the notebook's cells, the model and the code; two
     reports of the same identity say the same. ``model_digest`` is that of the model. All are
-    SHA-256 in hexadecimal. ``tokens`` is the length of what is read. ``meta`` is what the entry
-    carries to the results: no part of either, and of the same names in all jobs of a plan.
+    SHA-256 in hexadecimal. ``tokens`` is the length of what is read, ``units`` the number of its
+    scores. ``meta`` is what the entry carries to the results: no part of either, and of the same
+    names in all jobs of a plan.
     """
 
     slug: str
@@ -56,6 +58,7 @@ class Job:
     identity: str
     question: str
     tokens: int
+    units: int = 0
     model_digest: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
 
@@ -138,6 +141,16 @@ class Plan:
                 read = read_question(
                     tokenizer, **asked(parameters), context=context, vocabulary=vocabulary
                 )
+                if (
+                    self._folders
+                    and source.stem == DEFAULT_NOTEBOOK
+                    and not {
+                        "units",
+                        "sources",
+                    }
+                    & set(parameters)
+                ):
+                    read = default_units(read)
                 if entry.evidence is not None and not read.places(entry.evidence):
                     raise InputError(
                         f"The evidence {entry.evidence!r} is not a whole word of the prompt: write "
@@ -194,6 +207,7 @@ class Plan:
                 identity=_digest_of([question, self.dtype, self._digest(source), *self._by]),
                 question=question,
                 tokens=int(self.tokens[read]),
+                units=int(self.units[read]),
                 model_digest=self.model_digest,
                 meta={name: entry.carried.get(name) for name in self.carried},
             )

@@ -23,7 +23,7 @@ from llama_reports.versions import code_version
 # What a notebook says of itself in summary.json, and report.json passes on.
 SUMMARY = [
     *("heading", "answered", "answer", "probability", "method", "strongest", "top_units"),
-    *("without", "trust", "warnings"),
+    *("without", "inside", "trust", "warnings"),
 ]
 ATTEMPTS = 2  # kernels that may die of one prompt
 STARTS = 5  # kernels that may die before they are ready, which is no fault of a prompt
@@ -206,6 +206,7 @@ def _finish(work, out, job, model, error, attempts=ATTEMPTS, seconds=0.0):
         "identity": job.identity,
         "code_version": _code_version(),
         "tokens": job.tokens,
+        "units": job.units,
         "error": error and error[:2000],
         "attempts": attempts,
         "seconds": round(seconds, 2),

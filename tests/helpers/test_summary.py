@@ -15,15 +15,21 @@ from helpers import ask, attribute, attribute_all
 from helpers.attribution import objective
 from helpers.attribution.path import baseline_embeds
 from helpers.faithfulness import against_random
+from helpers.prompts import joined_units
 from helpers.summary import (
+    BLOCKS,
     FEW,
+    LONG,
+    REPORTED,
     TRUSTED,
     coloured_text,
+    default_units,
     explain,
     most_trusted,
     percent,
     probabilities_without,
     quoted,
+    reported,
     show,
     summarise,
 )
@@ -260,3 +266,57 @@ def test_a_score_is_a_row_and_a_method_is_a_row(tiny):
     assert row["evidence_rank"] == rank and row["strongest unit"] == question.labels[order[0]]
     assert row["beats_random"] == tested.loc["occlusion", "beats_random"]
     assert math.isnan(method_table(question, results, tested)["evidence_rank"].iloc[0])
+
+
+# --- long prompts ------------------------------------------------------------------------------
+
+SENTENCES = [
+    f"The {colour} keys were put on the {place} shelf. "
+    for colour in ("red", "blue")
+    for place in ("first", "second", "third", "fourth", "fifth", "sixth")
+]
+
+
+def test_a_long_prompt_is_read_in_blocks_of_whole_sentences_and_then_in_words(tiny):
+    question = default_units(ask(*tiny, "".join(SENTENCES), target="b"))
+    assert len(question.labels) > LONG and question.grouping == "sentences"
+    labels = [unit.label for unit in question.units]
+    assert "".join(labels) == "".join(SENTENCES) and 1 < len(labels) <= BLOCKS
+    assert all(label.endswith(". ") for label in labels)
+    positions = [place for unit in question.units for place in unit.positions]
+    assert positions == list(range(len(question.labels)))
+    summary = explain(tiny[0], question)
+    assert set(summary.top_units) == {"occlusion", "relevance"}
+    inside, block = summary.inside, question.units[summary.strongest[0]]
+    words = [inside.question.units[place] for place in inside.strongest]
+    assert all(set(word.positions) < set(block.positions) for word in words)
+    best = max(
+        (unit for unit in inside.question.units if set(unit.positions) < set(block.positions)),
+        key=lambda unit: float(inside.scores[inside.question.units.index(unit)]),
+    )
+    assert words[0] == best and len(inside.without) == 3
+    whole = attribute(tiny[0], question, "relevance").scores[summary.strongest[0]].item()
+    parts = [
+        float(score)
+        for unit, score in zip(inside.question.units, inside.scores, strict=True)
+        if set(unit.positions) <= set(block.positions)
+    ]
+    assert sum(parts) == pytest.approx(whole, abs=1e-3)  # relevance adds up, inside too
+    shown = html.unescape(summary._repr_html_())
+    assert f"Inside {quoted(block.label)}" in shown and "proposed these words" in shown
+    assert len(summary.facts()["inside"]) == 3
+
+
+def test_a_short_prompt_is_read_in_words_and_named_units_stay(tiny):
+    question = default_units(ask(*tiny, "The keys to the", target="b"))
+    assert [unit.label for unit in question.units] == ["The", " keys", " to", " the"]
+    assert explain(tiny[0], question, ["occlusion"]).inside is None
+    assert reported(LONG) == REPORTED and "find_then_rank" not in reported(LONG + 1)
+
+
+def test_joined_units_keep_parts_and_templates_apart(bundled):
+    chat = [{"role": "system", "content": "Be brief. Be kind."}, {"role": "user", "content": "Hi."}]
+    question = ask(*bundled, chat, target="a", units="sentences")
+    joined = joined_units(question.read, question.units, 1)
+    assert [unit.part for unit in joined] == ["template", "system", "user"] or len(joined) == 4
+    assert joined_units(question.read, question.units, 1000) == question.units

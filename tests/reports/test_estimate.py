@@ -42,7 +42,7 @@ from llama_reports.costs import (
 )
 from llama_reports.estimate import (
     ENOUGH,
-    LONG,
+    HOUR,
     PROCESS,
     START,
     estimate,
@@ -263,7 +263,7 @@ def test_more_and_longer_prompts_take_more(planned):
     def of(*prompts, **options):
         return estimate(planned(*prompts), machine=MACHINE, **options)
 
-    one, two, long = of("abc"), of("abc", "xyz"), of("abc" * 50)
+    one, two, long = of("abc"), of("abc", "xyz"), of("abc " * 50)
     assert one.seconds < two.seconds and one.seconds < long.seconds
     assert one.memory == two.memory and one.disk < two.disk and one.disk < long.disk
     fewer = estimate(planned("abc", methods=["saliency"]), machine=MACHINE)
@@ -291,7 +291,13 @@ def test_scores_alone_take_less_than_reports(planned):
 
 def report(out, job, **facts):
     known = {"notebook": "report", "model": "tiny-llama", "tokens": job.tokens}
-    known |= {"slug": job.slug, "question": job.question, "identity": job.identity, "error": None}
+    known |= {
+        "units": job.units,
+        "slug": job.slug,
+        "question": job.question,
+        "identity": job.identity,
+        "error": None,
+    }
     (out / job.slug).mkdir(parents=True, exist_ok=True)
     (out / job.slug / "report.json").write_text(json.dumps(known | facts), encoding="utf-8")
 
@@ -610,7 +616,7 @@ def test_a_run_of_hours_says_so_before_it_starts(planned, tmp_path, monkeypatch)
     monkeypatch.setattr("llama_reports.estimate.measure", lambda *given: measured.append(1) or slow)
     assert long_run(planned("abc"), tmp_path) is None and not measured
     jobs = planned(*[f"number {i}" for i in range(200)])
-    assert estimate(jobs, machine=slow).seconds > 2 * LONG
+    assert estimate(jobs, machine=slow).seconds > 2 * HOUR
     said = long_run(jobs, tmp_path)
     assert said.startswith("This will take about") and said.endswith("--dry-run tells more.")
     assert long_run(jobs, tmp_path, done=lambda job: True) is None
