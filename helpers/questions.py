@@ -60,6 +60,7 @@ class Question:
     ``units``         what gets a score: a list of ``Unit``. An answer of several tokens without a
                       foil adds its own earlier tokens, with ``part`` ``"answer"``: later tokens
                       were written after reading them. With a foil only what was read is explained
+    ``sources``       the passages that were named as units; what stands around them is not ranked
     ``target``, ``foil``  token ids as tuples; ``foil`` is ``None`` without one
     ``target_label``, ``foil_label``  the same as text; ``answer`` without control tokens
     ``probability``   of the whole target, given the prompt
@@ -90,6 +91,7 @@ class Question:
     own: bool | None = None
     objective: str = "log_probability"
     grouping: str = "tokens"
+    sources: tuple[str, ...] = ()
     read: Prompt | None = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
     rival: tuple[Rival, ...] = field(default=(), repr=False, compare=False)
@@ -259,6 +261,7 @@ def read_question(
         notes=tuple(notes),
         objective=objective,
         grouping=grouping,
+        sources=tuple(sources or ()),
         read=read,
         tokenizer=tokenizer,
         rival=tuple(rivals),

@@ -258,7 +258,8 @@ class Summary:
         colours = "red speaks for the answer, blue against it" if self.signed else "by how much"
         shown = sum(unit.part not in NOT_WRITTEN for unit in self.question.units)
         part = ", the strongest quarter by rank" if shown > FEW else ""
-        return f"Coloured by {self.method}{part}: {colours}. Numbers: the strongest."
+        which = "the strongest sources" if self.question.sources else "the strongest"
+        return f"Coloured by {self.method}{part}: {colours}. Numbers: {which}."
 
 
 def summarise(
@@ -315,7 +316,7 @@ def _inside(model, question, unit):
     if METHODS["relevance"].refusal(model) is not None or len(words) < 2:
         return None
     units = [*question.units[:unit], *words, *question.units[unit + 1 :]]
-    closer = replace(question, units=units, grouping="words")
+    closer = replace(question, units=units, grouping="words", sources=())
     scores = attribute(model, closer, "relevance").scores
     places = range(unit, unit + len(words))
     strongest = sorted(places, key=lambda place: -float(scores[place]))[:STRONGEST]

@@ -13,9 +13,16 @@ NOT_WRITTEN = ("template", "answer")  # parts of units that nobody who asked has
 
 
 def written_first(question: Question, result: Attribution) -> list[int]:
-    """The units that somebody wrote, by number, the most important first."""
-    written = [unit.part not in NOT_WRITTEN for unit in question.units]
-    return [unit for unit in importance_order(result).tolist() if written[unit]]
+    """The units that somebody wrote, by number, the most important first.
+
+    Where sources were named, these alone: the words of the question itself matter to any answer.
+    """
+    sources = {source.strip() for source in question.sources}
+    ranked = [
+        unit.part not in NOT_WRITTEN and (not sources or unit.label.strip() in sources)
+        for unit in question.units
+    ]
+    return [unit for unit in importance_order(result).tolist() if ranked[unit]]
 
 
 def score_table(question: Question, results: Mapping[str, Attribution]) -> pd.DataFrame:
