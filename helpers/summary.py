@@ -184,7 +184,7 @@ class Summary:
             f"<h1>{html.escape(self.heading)}</h1>",
             f'<p class="answered" dir="auto">{html.escape(self.answered)}</p>',
             self._coloured(),
-            f'<p class="legend">{html.escape(self._legend)}</p>',
+            f'<p class="legend">{html.escape(self._legend)}{self._jumps}</p>',
             "<ol>",
             *(f'<li dir="auto">{html.escape(line)}</li>' for line in self._each),
             "</ol>",
@@ -223,6 +223,7 @@ class Summary:
             [units[i].part for i in places],
             [places.index(i) for i in self.strongest],
             signed=self.signed,
+            anchors=only is None,
         )
 
     def _name(self, unit):
@@ -252,6 +253,14 @@ class Summary:
     @property
     def _together(self):
         return self.removed[len(self.strongest) :]
+
+    @property
+    def _jumps(self):
+        """Links to the strongest units of a text that fills more than a screen."""
+        if sum(len(unit.label) for unit in self.question.units) <= LONGEST:
+            return ""
+        links = [f'<a href="#strongest-{i + 1}">{i + 1}</a>' for i in range(len(self.strongest))]
+        return f" Jump to {', '.join(links)}."
 
     @property
     def _legend(self):
@@ -459,12 +468,14 @@ def coloured_text(
     *,
     signed: bool = True,
     most: int | None = None,
+    anchors: bool = False,
 ) -> str:
     """The prompt as HTML text, each unit coloured by its score, the ``strongest`` with numbers.
 
     ``labels``, ``scores`` and ``parts`` hold one value a unit. The template's units are left out;
     who wrote what stands before it. With ``most``, of a longer text only about so many characters
-    around the strongest units are shown.
+    around the strongest units are shown. With ``anchors`` a link reaches the strongest units, as
+    ``#strongest-1``.
     """
     faces = shades(np.asarray(scores, dtype=float), parts, signed)
     shown = _around(labels, parts, strongest, most)
@@ -481,18 +492,20 @@ def coloured_text(
         if gap:
             written.append('<span class="gap"> … </span>')
             gap = False
-        written.append(_unit(label, faces[place], place, strongest))
+        written.append(_unit(label, faces[place], place, strongest, anchors))
     if gap:
         written.append('<span class="gap"> …</span>')
     # elsewhere than in <pre> a page may lose spaces
     return f'<pre class="coloured" dir="auto">{"".join(written)}</pre>'
 
 
-def _unit(label, shade, place, strongest):
+def _unit(label, shade, place, strongest, anchors):
     text = html.escape(label)
     if place in strongest:
         number = list(strongest).index(place) + 1
-        text = f"<mark>{text}<sup>{number}</sup></mark>"
+        about = ' class="passage"' if len(label) > FEW else ""
+        about += f' id="strongest-{number}"' if anchors else ""
+        text = f"<mark{about}>{text}<sup>{number}</sup></mark>"
     if not shade:
         return text
     side = "up" if shade > 0 else "down"

@@ -305,6 +305,10 @@ def test_a_long_prompt_is_read_in_blocks_of_whole_sentences_and_then_in_words(ti
     shown = html.unescape(summary._repr_html_())
     assert f"Inside {quoted(block.label)}" in shown and "proposed these words" in shown
     assert len(summary.facts()["inside"]) == 3
+    assert "Jump to" not in shown  # the text fits on a screen
+    longer = default_units(ask(*tiny, "".join(4 * SENTENCES)[:2040], target="b"))
+    shown = explain(tiny[0], longer, ["relevance"])._repr_html_()
+    assert 'href="#strongest-1"' in shown and shown.count('id="strongest-1"') == 1
 
 
 def test_a_short_prompt_is_read_in_words_and_named_units_stay(tiny):

@@ -31,7 +31,7 @@ def test_a_question_is_answered_in_plain_text_and_on_a_page(tmp_path):
         line.startswith("1. Without “Latvia”, “Riga” against “Tallinn” falls") for line in lines
     )
     text = page.read_text(encoding="utf-8")
-    assert "<mark> Latvia<sup>1</sup></mark>" in text and "All reports" not in text
+    assert '<mark id="strongest-1"> Latvia<sup>1</sup></mark>' in text and "All reports" not in text
     assert "Content-Security-Policy" in text and "<script" not in text
 
 
