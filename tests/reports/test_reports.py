@@ -49,7 +49,7 @@ def refusal(folder, text, **options):
     "entry, complaint",
     [
         ("- target: ' Rig'", "'prompt' is missing"),
-        ("- prompt: Hi\n  traget: red", "'traget' is unknown"),
+        ("- prompt: Hi\n  tarhet: red", "'tarhet' is unknown"),
         ("- '  '", "prompt is empty"),
         ("- 42", "put the prompt in quotes"),
         ("- yes", "put the prompt in quotes"),
