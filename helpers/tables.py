@@ -17,11 +17,15 @@ def written_first(question: Question, result: Attribution) -> list[int]:
 
     Where sources were named, these alone: the words of the question itself matter to any answer.
     """
-    sources = {source.strip() for source in question.sources}
-    ranked = [
-        unit.part not in NOT_WRITTEN and (not sources or unit.label.strip() in sources)
-        for unit in question.units
+    ranked = [unit.part not in NOT_WRITTEN for unit in question.units]
+    labels = [unit.label.strip() for unit in question.units]
+    # a source is whole tokens, so its label may have a character more or less than the text given
+    named = [
+        any(label and (label in source or source in label) for source in question.sources)
+        for label in labels
     ]
+    if any(named):
+        ranked = named
     return [unit for unit in importance_order(result).tolist() if ranked[unit]]
 
 

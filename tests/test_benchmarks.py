@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import attribution as benchmark  # noqa: E402
 import evidence  # noqa: E402
 import ig_answers  # noqa: E402
+import long_prompts  # noqa: E402
 import precision  # noqa: E402
 import report  # noqa: E402
 import yardsticks  # noqa: E402
@@ -486,3 +487,15 @@ def test_a_kind_that_is_rarely_right_is_left_out_and_told(bundled, monkeypatch):
     monkeypatch.setattr(yardsticks, "indirect_objects", lambda: iter([]))
     (some,), (few,) = yardsticks.enough(*bundled, 2)
     assert len(some) == 2 and "Of indirect objects this model gets 0 right" in few
+
+
+# --- long prompts ------------------------------------------------------------------------------
+
+
+def test_of_a_long_prompt_one_passage_alone_holds_the_answer():
+    for entry, place in long_prompts.entries(20):
+        answer = f"is{entry['target']}."
+        holds = [answer in source for source in entry["sources"]]
+        assert holds.index(True) == place and sum(holds) == 1 and len(holds) == 12
+        assert all(entry["prompt"].count(source) == 1 for source in entry["sources"])
+        assert entry["prompt"].count(answer[:-1]) == 1  # the question does not give it away

@@ -311,6 +311,18 @@ def test_a_long_prompt_is_read_in_blocks_of_whole_sentences_and_then_in_words(ti
     assert 'href="#strongest-1"' in shown and shown.count('id="strongest-1"') == 1
 
 
+def test_where_sources_are_named_they_alone_are_ranked_and_looked_into(tiny):
+    sources = ["The keys are red and small.", "The doors are blue and tall."]
+    prompt = f"{sources[0]} {sources[1]} What colour are the keys?"
+    summary = explain(tiny[0], ask(*tiny, prompt, target="b", sources=sources))
+    units = summary.question.units
+    assert len(units) > len(sources)
+    assert {units[i].label.strip() for i in summary.strongest} == set(sources)
+    inside = summary.inside.question
+    words = [inside.units[i].label.strip() for i in summary.inside.strongest]
+    assert all(word in units[summary.strongest[0]].label for word in words)
+
+
 def test_a_short_prompt_is_read_in_words_and_named_units_stay(tiny):
     question = default_units(ask(*tiny, "The keys to the", target="b"))
     assert [unit.label for unit in question.units] == ["The", " keys", " to", " the"]
