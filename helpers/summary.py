@@ -18,6 +18,7 @@ import torch
 from IPython.display import display
 
 from helpers.attribution import METHODS, Attribution, asking, attribute, attribute_all
+from helpers.attribution.methods import erasure_size
 from helpers.attribution.perturbation import coalition_values
 from helpers.faithfulness import against_random
 from helpers.prompts import FINE, Unit, joined_units, prompt_units, token_labels
@@ -371,7 +372,7 @@ def explain(
         usual = [name for name in reported(len(question.labels)) if name in TRUSTED]
         methods = [name for name in usual if METHODS[name].refusal(model) is None]
     ((question, results),) = attribute_all(model, [question], methods)
-    steps = min(len(question.units), max(2, 330 // len(question.labels)))
+    _, steps = erasure_size(len(question.units), len(question.labels))
     tested = against_random(model, question, results, seed=seed, steps=steps)
     return summarise(model, question, results, tested)
 

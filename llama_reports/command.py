@@ -3,10 +3,9 @@
 import errno
 import json
 import os
-import re
 import signal
 import warnings
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
@@ -41,13 +40,11 @@ from llama_reports.scores import (
     finished_ids,
     score_part,
 )
-from llama_reports.terminal import print_summary
+from llama_reports.terminal import inert, print_summary
 from llama_reports.two_runs import compare_runs
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 NAMES = [method.name for method in BUILT_IN] + ["or one of another package"]
-# of a terminal, and what turns the direction of a text
-_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 REPORTS = "reports"  # the command that needs no name
 Model = Annotated[str, typer.Option(help="Bundled, hub name, folder or .gguf.")]
 Methods = Annotated[
@@ -128,7 +125,7 @@ def main_command(
     """
     # what batch systems and containers send first
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with _refusals(out):
         if workers is not None and scheduler is not None:
             raise InputError("--workers starts a cluster and --scheduler joins one: give one.")
         if scores_only and (only or retry_failed):
@@ -165,9 +162,6 @@ def main_command(
                 stopped = "Stopped. What was finished is kept, and the same command goes on."
                 _say(stopped, err=True)
                 raise typer.Exit(130)
-    except (InputError, OSError) as error:
-        _say(f"Error: {_told(error, out)}", err=True)
-        raise typer.Exit(2) from None
     if failed:
         raise typer.Exit(1)
 
@@ -194,7 +188,7 @@ def ask_command(
     The prompt is coloured where the output is a terminal. Without --target and --answer the model's
     own next token is explained. Mind the space: --target " Riga".
     """
-    try:
+    with _refusals(html):
         if html is not None and not html.parent.is_dir():
             raise InputError(f"There is no folder {html.parent} for the page: make it first.")
         loaded, tokenizer = load_model(model, dtype=dtype)
@@ -203,9 +197,6 @@ def ask_command(
         found = explain(loaded, question if units else default_units(question), method)
         if html is not None:
             write_whole(html, summary_page(found).encode("utf-8"))
-    except (InputError, OSError) as error:
-        typer.echo(f"Error: {_told(error, html)}", err=True)
-        raise typer.Exit(2) from None
     print_summary(found)
 
 
@@ -218,12 +209,9 @@ def compare_command(
     ] = None,
 ) -> None:
     """Compare the reports of two folders by id: answers, strongest words, and what moved."""
-    try:
+    with _refusals(html or first):
         page = compare_runs(first, second, html)
-    except (InputError, OSError) as error:
-        typer.echo(f"Error: {_told(error, html or first)}", err=True)
-        raise typer.Exit(2) from None
-    typer.echo(f"Open {page.resolve()}")
+    _say(f"Open {page.resolve()}")
 
 
 @app.command("plan")
@@ -240,13 +228,10 @@ def plan_command(
     machine is measured in about a second. Each method has what a report's budget gives it. Memory
     is that of one process which does nothing else; seconds are after a first call, without loading.
     """
-    try:
+    with _refusals(model):
         machine = measure(model_shape(model, dtype), dtype, threads)
         options: dict[str, Any] = {"dtype": dtype, "machine": machine}
         found = [needs(model, length, method, **options) for length in tokens]
-    except (InputError, OSError) as error:
-        _say(f"Error: {_told(error, model)}", err=True)
-        raise typer.Exit(2) from None
     _say("\n\n".join([found[0].heading, *(need.text for need in found)]))
 
 
@@ -276,7 +261,7 @@ def _cores():
 
 def _say(text, err=False):
     """Print a text, whatever it quotes: nothing in it can steer the terminal."""
-    typer.echo(_STEERING.sub(lambda found: ascii(found[0])[1:-1], text), err=err)
+    typer.echo(inert(text), err=err)
 
 
 def _log(out, facts):
@@ -286,6 +271,16 @@ def _log(out, facts):
     line = json.dumps({"ended": ended, **told, "failed": facts["error"] is not None})
     with (out / "log.jsonl").open("a", encoding="utf-8") as log:
         log.write(f"{line}\n")
+
+
+@contextmanager
+def _refusals(place):
+    """What cannot be done is one sentence, and exit status 2."""
+    try:
+        yield
+    except (InputError, OSError) as error:
+        _say(f"Error: {_told(error, place)}", err=True)
+        raise typer.Exit(2) from None
 
 
 def _told(error, out):

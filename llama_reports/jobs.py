@@ -141,15 +141,8 @@ class Plan:
                 read = read_question(
                     tokenizer, **asked(parameters), context=context, vocabulary=vocabulary
                 )
-                if (
-                    self._folders
-                    and source.stem == DEFAULT_NOTEBOOK
-                    and not {
-                        "units",
-                        "sources",
-                    }
-                    & set(parameters)
-                ):
+                named = {"units", "sources"} & set(parameters)
+                if self._folders and source.stem == DEFAULT_NOTEBOOK and not named:
                     read = default_units(read)
                 if entry.evidence is not None and not read.places(entry.evidence):
                     raise InputError(

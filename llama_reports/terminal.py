@@ -1,12 +1,14 @@
 """What a terminal is shown: a summary as coloured text, in which no character acts."""
 
+import re
+
 from rich.console import Console
 from rich.text import Text
 
 from helpers.summary import NOT_WRITTEN, Summary, shades
-from llama_reports.pages import shown
 
-CONTROLS = dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # a terminal may act on these as on escape
+# of a terminal, and what turns the direction of a text
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 UP, DOWN = (224, 74, 40), (40, 110, 230)  # as on the page: red for the answer, blue against it
 
 
@@ -14,12 +16,12 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     """Print the question, the answer, the coloured prompt and what was found of it.
 
     Where the output is no terminal, or ``NO_COLOR`` is set, the text has no colours. A character
-    that a terminal would act on is shown as the picture of itself.
+    that a terminal would act on is written as its escape.
     """
     console = console or Console(highlight=False)
 
     def line(text="", style=""):
-        console.print(Text(_inert(text), style), soft_wrap=True)
+        console.print(Text(inert(text), style), soft_wrap=True)
 
     line(summary.heading, "bold")
     line(summary.answered)
@@ -30,13 +32,14 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         line(f"{number}. {sentence}" if number <= len(summary.strongest) else sentence)
     told, colour = summary.verdict, {"yes": "green", "weak": "yellow", "no": "red"}
     text = Text(told, f"bold {colour[summary.borne_out]}")
-    console.print(text, Text(_inert(" ".join(summary.trust))), soft_wrap=True)
+    console.print(text, Text(inert(" ".join(summary.trust))), soft_wrap=True)
     for note in summary.question.notes:
         line(f"Note: {note}", "yellow")
 
 
-def _inert(text):
-    return shown(text).translate(CONTROLS)
+def inert(text: str) -> str:
+    """``text`` with the characters that could steer a terminal written as escapes."""
+    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def _prompt(summary):
@@ -62,5 +65,5 @@ def _prompt(summary):
         number = ""
         if place in summary.strongest and unit.part not in NOT_WRITTEN:
             number = f"[{summary.strongest.index(place) + 1}]"
-        text.append(_inert(unit.label) + number, style)
+        text.append(inert(unit.label) + number, style)
     return text

@@ -266,14 +266,18 @@ class Methods(Mapping[str, Method]):
 METHODS = Methods()
 
 
+def erasure_size(units: int, tokens: int) -> tuple[int, int]:
+    """How many random orders a report's test by erasure has, and in how many steps units go."""
+    return 20 if units <= 12 else 10, min(units, max(2, 330 // tokens))
+
+
 def erasure_price(units: int, tokens: int, orders: int) -> Price:
     """What a report's test by erasure takes: units go in so many orders, and in random ones.
 
     ``tokens`` are those of the prompt; notebooks/08_comparison.ipynb runs it.
     """
-    orders += 20 if units <= 12 else 10
-    steps = min(units, max(2, 330 // tokens))
-    drawn, there_are = 2 * orders * (steps - 1) + 3, 2.0 ** min(units, 60)
+    chances, steps = erasure_size(units, tokens)
+    drawn, there_are = 2 * (orders + chances) * (steps - 1) + 3, 2.0 ** min(units, 60)
     variants = -there_are * math.expm1(-drawn / there_are)  # those that are drawn twice run once
     return Price(forwards=variants, share=ERASED)
 
