@@ -56,27 +56,33 @@ def erasure_curves(
     replacement: str | torch.Tensor | None = None,
     steps: int | None = None,
     precision: str | None = None,
+    among: Sequence[int] | None = None,
 ) -> Curves:
     """Deletion and insertion curves of some orders of the units, all with the same budget.
 
     ``orders`` LongTensor [orders, units] names the most important unit first (see
-    ``importance_order``). ``replacement`` is what stands in for an erased unit: ``"mean"``,
-    ``"eos"``, ``"neighbour"``, ``"zero"``, ``"remove"`` or a tensor, as in ``occlusion``. ``steps``
-    limits how many points a curve has beside its start: units then go in equal portions. Variants
-    that several orders share are run once. ``precision`` is that of ``attribute``.
+    ``importance_order``). With ``among``, numbers of units, these alone go and come while the
+    others stay, and ``orders`` number them from 0 as they stand there. ``replacement`` is what
+    stands in for an erased unit: ``"mean"``, ``"eos"``, ``"neighbour"``, ``"zero"``, ``"remove"``
+    or a tensor, as in ``occlusion``. ``steps`` limits how many points a curve has beside its start:
+    units then go in equal portions. Variants that several orders share are run once.
+    ``precision`` is that of ``attribute``.
 
     Raises ``InputError`` for orders that are not permutations of the units. Source: Petsiuk et
     al. 2018, arXiv:1806.07421.
 
     notebooks/10_faithfulness.ipynb takes it apart.
     """
-    units = len(question.units)
+    places = list(range(len(question.units)) if among is None else among)
+    units = len(places)
     if orders.shape[1:] != (units,) or not orders.sort().values.eq(torch.arange(units)).all():
         raise InputError(f"Each order must name each of the {units} units once.")
     steps = min(units, steps or units)
     counts = torch.linspace(0, units, steps + 1).round().long()
     taken = orders.argsort()[:, None, :] < counts[:, None]  # [orders, steps + 1, units]
-    variants, place = torch.stack([~taken, taken]).flatten(0, 2).unique(dim=0, return_inverse=True)
+    tried, place = torch.stack([~taken, taken]).flatten(0, 2).unique(dim=0, return_inverse=True)
+    variants = torch.ones(len(tried), len(question.units), dtype=torch.bool)
+    variants[:, places] = tried
 
     def run(objective):
         some = replace(question, objective=objective)
@@ -147,18 +153,21 @@ def against_random(
     *,
     count: int = 20,
     seed: int = 0,
+    among: Sequence[int] | None = None,
     **options: Any,
 ) -> pd.DataFrame:
     """How each of ``results`` ``{name: Attribution}`` does against ``count`` random orders.
 
     Returns a DataFrame, one row a method: the measures of ``erasure_measures``,
     ``random_faithfulness``, the mean of the random orders, and ``beats_random``, the share of them
-    that the method's ``faithfulness`` exceeds. ``options`` are those of ``erasure_curves``.
+    that the method's ``faithfulness`` exceeds. ``among`` and ``options`` are those of
+    ``erasure_curves``: with ``among`` the methods' orders are those of these units alone.
     """
-    units = len(question.units)
+    places = torch.arange(len(question.units)) if among is None else torch.tensor(among)
     own = torch.stack([importance_order(result) for result in results.values()])
-    orders = torch.cat([own, random_orders(units, count, seed)])
-    curves = erasure_curves(model, question, orders, **options)
+    own = torch.stack([order[torch.isin(order, places)] for order in own])
+    orders = torch.cat([torch.searchsorted(places, own), random_orders(len(places), count, seed)])
+    curves = erasure_curves(model, question, orders, among=places.tolist(), **options)
     measures = pd.DataFrame({k: v.numpy() for k, v in erasure_measures(curves).items()})
     methods, chance = measures[: len(results)], measures["faithfulness"][len(results) :]
     beaten = methods["faithfulness"].map(lambda value: (chance < value - 1e-4).mean())

@@ -23,7 +23,7 @@ from helpers.attribution.perturbation import coalition_values
 from helpers.faithfulness import against_random
 from helpers.prompts import FINE, Unit, joined_units, prompt_units, token_labels
 from helpers.questions import Question
-from helpers.tables import NOT_WRITTEN, written_first
+from helpers.tables import NOT_WRITTEN, ranked_units, written_first
 
 TRUSTED = ("find_then_rank", "occlusion", "relevance")  # see "Which method to believe", README
 # What a report runs: these, the three usual methods beside them, and the control.
@@ -280,7 +280,7 @@ def summarise(
 ) -> Summary:
     """What ``results`` ``{method: Attribution}`` of a question come to, tried on the model.
 
-    ``tested`` is what ``against_random`` says of them. The strongest units are taken out of the
+    ``tested`` is what ``erasure_test`` says of them. The strongest units are taken out of the
     prompt, each by itself and all together, and the probability is read again: as many rows, and
     as many again with a foil.
     """
@@ -372,9 +372,21 @@ def explain(
         usual = [name for name in reported(len(question.labels)) if name in TRUSTED]
         methods = [name for name in usual if METHODS[name].refusal(model) is None]
     ((question, results),) = attribute_all(model, [question], methods)
-    _, steps = erasure_size(len(question.units), len(question.labels))
-    tested = against_random(model, question, results, seed=seed, steps=steps)
+    tested = erasure_test(model, question, results, seed)
     return summarise(model, question, results, tested)
+
+
+def erasure_test(
+    model: Any, question: Question, results: Mapping[str, Attribution], seed: int = 0
+) -> pd.DataFrame:
+    """``against_random`` of the units that a report ranks, the others left in: a DataFrame.
+
+    A template's words, or an answer's own, are nobody's choice, so no order is tested on them.
+    """
+    ranked = ranked_units(question) or list(range(len(question.units)))
+    count, steps = erasure_size(len(ranked), len(question.labels))
+    options: dict[str, Any] = {"count": count, "steps": steps, "seed": seed, "among": ranked}
+    return against_random(model, question, dict(results), **options)
 
 
 def show(model: Any, question: Question, methods: Sequence[str] | None = None) -> Summary:
@@ -437,7 +449,7 @@ def _trust(question, method, first, found, tested):
     sentences = []
     if not matters:
         sentences.append("Taking these out does not even halve the odds of the answer.")
-    few = len(question.units) < 3
+    few = len(ranked_units(question)) < 3
     share = "every random order" if beats == 1 else f"{100 * beats:.0f} % of random orders"
     sentences.append(
         f"Erased in the order of {method}, the answer gives way sooner than in {share} tried."

@@ -12,8 +12,8 @@ from helpers.questions import Question
 NOT_WRITTEN = ("template", "answer")  # parts of units that nobody who asked has written
 
 
-def written_first(question: Question, result: Attribution) -> list[int]:
-    """The units that somebody wrote, by number, the most important first.
+def ranked_units(question: Question) -> list[int]:
+    """The units that somebody wrote, by number: those that a report ranks and takes out.
 
     Where sources were named, these alone: the words of the question itself matter to any answer.
     """
@@ -26,7 +26,13 @@ def written_first(question: Question, result: Attribution) -> list[int]:
     ]
     if any(named):
         ranked = named
-    return [unit for unit in importance_order(result).tolist() if ranked[unit]]
+    return [unit for unit, is_ranked in enumerate(ranked) if is_ranked]
+
+
+def written_first(question: Question, result: Attribution) -> list[int]:
+    """The ``ranked_units``, the most important first."""
+    ranked = set(ranked_units(question))
+    return [unit for unit in importance_order(result).tolist() if unit in ranked]
 
 
 def score_table(question: Question, results: Mapping[str, Attribution]) -> pd.DataFrame:

@@ -34,16 +34,18 @@ from pydantic import (
 )
 from yaml.composer import Composer
 
-from helpers.attribution import METHODS
 from helpers.errors import InputError
 from helpers.prompts import check_messages
 
 LONGEST_LINE = 2**24  # bytes
+EARLY = 1000  # entries that are read before anything slow is done
+TOLD = 20  # bad entries that are named; the rest is counted
 MOST_NODES = 10_000  # of a YAML entry: keys, values and what an alias repeats
 _SLUG = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,78}[A-Za-z0-9_-])?")
 # what an output folder holds beside reports, and what Windows keeps for its devices
 _RESERVED = re.compile(
-    r"index\.html|comparison\.html|compared\.html|scores|scores\.parquet|evidence|prompts|figures"
+    r"index\.html|comparison\.html|compared\.html|scores|(scores|plan)\.parquet|evidence|prompts"
+    r"|figures"
     r"|(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?"
 )
 _UNTEXT = re.compile("[\x00\ud800-\udfff]")
@@ -102,6 +104,8 @@ def _as_names(value):
 
 
 def _check_method(name):
+    from helpers.attribution import METHODS  # torch comes with it, and most files name no method
+
     METHODS[name]  # which refuses a name that it does not have
     return name
 
@@ -349,14 +353,16 @@ def _plain(value, depth=0):
 class Row:
     """One entry as a file has it, and where it stands; numbers count from 1.
 
-    ``raw`` is what ``parse_entry`` takes. ``problem`` is an ``InputError`` where the entry could
-    not be read. ``line`` is ``None`` in a Parquet file, which has no lines.
+    ``raw`` is what ``parse_entry`` takes, and ``entry`` what it gives. ``problem`` is an
+    ``InputError`` where there is no entry. ``line`` is ``None`` in a Parquet file, which has no
+    lines.
     """
 
     file: str
     number: int
     line: int | None
     raw: object = None
+    entry: Entry | None = None
     problem: InputError | None = None
 
     @property
@@ -385,6 +391,45 @@ class Row:
         if field is not None:
             parts.append(f"{'column' if self.kind in ('CSV', 'Parquet') else 'key'} {field!r}")
         return ", ".join(parts)
+
+
+class Complaints:
+    """What is wrong with entries of a file: the first 20 in full, the others counted."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self.told, self.count = path, list[str](), 0
+
+    def add(self, row: Row, error: InputError) -> None:
+        self.count += 1
+        if len(self.told) < TOLD:
+            self.told.append(f"  {row.place(error.field)}: {str(error)[:1000]}")
+
+    def refuse(self, entries: int) -> None:
+        """Raise one ``InputError`` with all complaints about so many entries, if there are any."""
+        if self.count:
+            more = self.count - len(self.told)
+            raise InputError(
+                f"{self.path}: {self.count:,} of {entries:,} entries cannot run, so none was "
+                "started.\n" + "\n".join(self.told + ([f"  … and {more:,} more."] if more else []))
+            )
+
+
+def open_entries(path: str | Path) -> Iterator[Row]:
+    """``read_entries`` of a file whose first 1,000 entries are right, each by itself.
+
+    Raises ``InputError``, at once, for all that is wrong in the file where one of these is not.
+    No model and no tokenizer is needed for that.
+    """
+    rows = read_entries(path)
+    first = list(itertools.islice(rows, EARLY))
+    if any(row.problem for row in first):
+        bad, count = Complaints(path), 0
+        for row in itertools.chain(first, rows):
+            count += 1
+            if row.problem:
+                bad.add(row, row.problem)
+        bad.refuse(count)
+    return itertools.chain(first, rows)
 
 
 def read_entries(path: str | Path) -> Iterator[Row]:
@@ -455,9 +500,12 @@ def _first_line(path, is_bad):
 
 def _row(path, number, line, problem, parse, *given):
     """The ``Row`` of what ``parse(*given)`` gives, or of what was wrong there or before."""
+    raw = None
     try:
         if problem is None:
-            return Row(path.name, number, line, parse(*given))
+            raw = parse(*given)
+            kind = FORMATS[path.suffix.lower()][0]
+            return Row(path.name, number, line, raw, parse_entry(raw, kind))
     except InputError as error:
         problem = error
     except yaml.YAMLError as error:
@@ -468,7 +516,7 @@ def _row(path, number, line, problem, parse, *given):
         problem = InputError("A text is not UTF-8: save it as UTF-8.")
     except (ValueError, OverflowError, RecursionError):
         problem = InputError("This is no text or object: an entry is one of them.")
-    return Row(path.name, number, line, problem=problem)
+    return Row(path.name, number, line, raw, problem=problem)
 
 
 # --- YAML --------------------------------------------------------------------------------------

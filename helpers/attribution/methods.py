@@ -268,7 +268,7 @@ METHODS = Methods()
 
 def erasure_size(units: int, tokens: int) -> tuple[int, int]:
     """How many random orders a report's test by erasure has, and in how many steps units go."""
-    return 20 if units <= 12 else 10, min(units, max(2, 330 // tokens))
+    return 20 if tokens <= 12 else 10, min(units, max(2, 330 // tokens))
 
 
 def erasure_price(units: int, tokens: int, orders: int) -> Price:

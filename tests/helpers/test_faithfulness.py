@@ -133,6 +133,28 @@ def test_a_prompt_of_one_token_has_measures(tiny):
     assert all(value.isfinite().all() for value in measures.values())
 
 
+def test_units_that_are_not_among_those_tested_stay_in_every_variant(tiny):
+    question, some = ask(*tiny, PROMPT), [2, 3, 7]
+    curves = erasure_curves(tiny[0], question, torch.tensor([[2, 0, 1]]), among=some)
+    order = torch.tensor([[7, 2, 3, *(i for i in range(10) if i not in some)]])
+    whole = erasure_curves(tiny[0], question, order)
+    assert curves.counts.tolist() == [0, 1, 2, 3]
+    same(curves.deletion, whole.deletion[:, :4])
+    same(curves.insertion[0, -1], curves.deletion[0, 0])  # with all of them it is the text itself
+    same(curves.insertion[0, 0], curves.deletion[0, -1])  # and without any, without all of them
+
+
+def test_against_random_orders_the_units_that_are_tested_alone(tiny):
+    question, some = ask(*tiny, PROMPT), [1, 4, 5, 8]
+    results = {m: attribute(tiny[0], question, m) for m in ("occlusion", "random")}
+    table = against_random(tiny[0], question, results, count=3, among=some)
+    for name, result in results.items():
+        own = result.scores[some].argsort(descending=True, stable=True)[None]
+        curves = erasure_curves(tiny[0], question, own, among=some)
+        faithful = erasure_measures(curves)["faithfulness"]
+        same(torch.tensor([table.loc[name, "faithfulness"]]), faithful)
+
+
 @pytest.mark.parametrize("order", [[[0, 1]], [[0] * 10], [list(range(1, 11))]])
 def test_an_order_that_is_no_permutation_is_refused(tiny, order):
     with pytest.raises(InputError, match="each of the 10 units once"):

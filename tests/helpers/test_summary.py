@@ -13,6 +13,7 @@ from linear_model import LinearCausalModel
 
 from helpers import ask, attribute, attribute_all
 from helpers.attribution import objective
+from helpers.attribution.methods import erasure_size
 from helpers.attribution.path import baseline_embeds
 from helpers.faithfulness import against_random
 from helpers.prompts import joined_units
@@ -24,6 +25,7 @@ from helpers.summary import (
     TRUSTED,
     coloured_text,
     default_units,
+    erasure_test,
     explain,
     most_trusted,
     percent,
@@ -33,7 +35,7 @@ from helpers.summary import (
     show,
     summarise,
 )
-from helpers.tables import method_table, score_table
+from helpers.tables import method_table, ranked_units, score_table
 
 METHODS = [*TRUSTED, "random"]
 
@@ -51,6 +53,19 @@ def summary_of(model, tokenizer, prompt="The keys to the", methods=METHODS, **as
 
 
 # --- the numbers -------------------------------------------------------------------------------
+
+
+def test_orders_are_tested_on_what_somebody_wrote(bundled):
+    said = [{"role": "user", "content": "Is Riga in Latvia?"}]
+    question = ask(*bundled, said, units="words")
+    results = {name: attribute(bundled[0], question, name) for name in ("relevance", "random")}
+    ranked = ranked_units(question)
+    assert {question.units[unit].part for unit in ranked} == {"user"}
+    tested = erasure_test(bundled[0], question, results)
+    steps = erasure_size(len(ranked), len(question.labels))[1]
+    options = {"among": ranked, "count": 10, "steps": steps}
+    by_hand = against_random(bundled[0], question, results, **options)
+    pd.testing.assert_frame_equal(tested, by_hand)
 
 
 @pytest.mark.parametrize("pair", [{}, {"target": " b", "foil": " a"}, {"target": "bcd"}])
