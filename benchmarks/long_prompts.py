@@ -1,8 +1,10 @@
 """Long prompts: does a report find the passage that holds the answer, and how long does it take?
 
-Ten prompts of about 2,000 tokens: twelve passages about twelve towns, then a question about one of
-them, whose answer stands in its passage alone. The passages are the sources. Only prompts that the
-model answers right count. Every prompt is a report as the command makes it, with all threads.
+Ten prompts of about 1,700 tokens: twelve passages about twelve towns, then a question about one of
+them, whose answer stands in its passage alone; three other passages say the same of their own
+towns, in the same words. The passages are the sources. Only prompts that the model answers right
+count: of twelve alike passages the bundled one seldom finds the right one. Every prompt is a
+report as the command makes it, with all threads.
 
     python benchmarks/long_prompts.py             keeps a section of results.md
     python benchmarks/long_prompts.py --count 2   fewer, for a look; writes nothing
@@ -29,11 +31,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, no
 from report import command, keep, table
 
 COUNT = 10
+ALIKE = 4  # passages that answer the question of some town
 WORDS = yaml.safe_load((Path(__file__).parent / "data" / "long_prompts.yml").read_text("utf-8"))
 
 
 def passage(town: str, colour: str, pick: random.Random) -> str:
-    """About 160 tokens on one town, of which one sentence says the colour of its flag."""
+    """About 160 tokens on one town; with a ``colour`` one sentence says that of its flag."""
     facts = [
         f"{town} is a small town on a river, and {pick.choice(WORDS['names'])} is its mayor.",
         f"It has two schools and a market that is held on every {pick.choice(WORDS['days'])}.",
@@ -43,7 +46,9 @@ def passage(town: str, colour: str, pick: random.Random) -> str:
         "In summer there is a festival with music, and visitors come from far away to hear it.",
         f"{pick.choice(WORDS['names'])} wrote a book about the history of the place and its river.",
         f"In {pick.randrange(1900, 2000)} a new library was opened next to the railway station.",
-        f"The colour of the flag of {town} is {colour}.",
+        f"The colour of the flag of {town} is {colour}."
+        if colour
+        else "The town hall stands on a square with old trees.",
     ]
     pick.shuffle(facts)
     return " ".join(facts)
@@ -54,8 +59,9 @@ def entries(count: int) -> Iterator[tuple[dict, int]]:
     for seed in range(count):
         pick = random.Random(seed)
         towns, colours = (pick.sample(WORDS[name], 12) for name in ("towns", "colours"))
-        sources = [passage(*pair, pick) for pair in zip(towns, colours, strict=True)]
-        place = pick.randrange(12)
+        place, *others = pick.sample(range(12), ALIKE)
+        told = [colour if i in (place, *others) else "" for i, colour in enumerate(colours)]
+        sources = [passage(*pair, pick) for pair in zip(towns, told, strict=True)]
         end = f"Question: What is the colour of the flag of {towns[place]}?\nAnswer: "
         end += f"The colour of the flag of {towns[place]} is"
         entry = {"id": f"long-{seed}", "prompt": "\n\n".join([*sources, end])}
