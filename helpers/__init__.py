@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from helpers.prompts import Unit
     from helpers.questions import Question, ask
 
+BUNDLED = "SmolLM2-135M-Instruct"  # the model that needs no network
+
 __all__ = [
     "METHODS",
     "Attribution",

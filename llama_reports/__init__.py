@@ -4,3 +4,6 @@
 writes, for each, a folder with the executed notebook, a page that opens without a network, the
 scores and the figures; and over all of them ``index.html`` and ``scores.parquet``.
 """
+
+DEFAULT_NOTEBOOK = "report"
+TIMEOUT = 3600.0  # seconds that a report may take

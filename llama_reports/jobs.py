@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import numpy as np
 import papermill
 from slugify import slugify
 
@@ -20,20 +19,13 @@ from helpers.errors import InputError
 from helpers.models import BUNDLED, load_tokenizer, public_name, resolve_model
 from helpers.questions import ANSWER, read_question
 from helpers.summary import default_units
+from llama_reports import DEFAULT_NOTEBOOK
+from llama_reports.checked import CheckedFile, CheckedWriter, file_digest, kept_check
 from llama_reports.files import read_mapping
-from llama_reports.prompts import (
-    MOST_CARRIED,
-    Entry,
-    Row,
-    is_reserved,
-    parse_entry,
-    read_entries,
-)
+from llama_reports.prompts import MOST_CARRIED, Complaints, Entry, Row, is_reserved, open_entries
 from llama_reports.versions import code_version, model_digest
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-DEFAULT_NOTEBOOK = "report"
-TOLD = 20  # bad entries that are named; the rest is counted
 DIGITS = (0, 6, 16, 32)  # of a question's digest in a folder's name
 ASKED = ("target", "foil", "units", "sources", "chat", "raw")  # as a notebook and `ask` call them
 
@@ -75,19 +67,21 @@ class Plan:
     against the parameters of its notebook; no weights are loaded. A report's folder is named by
     the entry's id, or by its prompt; where that name stands for another question, in this file or
     in ``out``, the beginning of the question's digest is added to it. ``folders=False`` names no
-    folders: a job's slug is then its id, or empty.
+    folders: a job's slug is then its id, or empty. ``rows`` is what ``open_entries`` gave of the
+    file, where that was called before.
 
-    Iterating reads the file again and makes one ``Job`` at a time, so what is held of a prompt is
-    a few numbers, one array [jobs] of each: ``tokens`` are the lengths of what is read, ``units``
-    the scores of a method, ``outputs`` the tokens explained (at most, where the model is to
-    answer), and ``kinds`` says which of ``asked``, a list of ``(notebook, methods)``, each job is;
-    no methods are the notebook's own choice. ``replaced`` counts reports in ``out`` whose id now
-    stands for another question. ``carried`` are the names of all that its entries carry, a tuple.
+    What the check has found is kept in ``out`` as ``plan.parquet``: the next plan of the same file,
+    model, code and choices reads that. Iterating reads it again and makes one ``Job`` at a time, so
+    what is held of a prompt is a few numbers, one array [jobs] of each: ``tokens`` are the lengths
+    of what is read, ``units`` the scores of a method, ``outputs`` the tokens explained (at most,
+    where the model is to answer), and ``kinds`` says which of ``asked``, a list of ``(notebook,
+    methods)``, each job is; no methods are the notebook's own choice. ``replaced`` counts reports
+    in ``out`` whose id now stands for another question. ``carried`` are the names of all that its
+    entries carry, a tuple.
 
     Raises one ``InputError`` that names the place of each entry that cannot run, the first 20 of
     them in full; and one if the name of a job stands in ``out`` for a report of another model,
-    unless ``replace`` says that it may be replaced. Iterating raises one if the file is no longer
-    the one that was checked.
+    unless ``replace`` says that it may be replaced.
     """
 
     def __init__(
@@ -101,6 +95,7 @@ class Plan:
         out: str | Path | None = None,
         folders: bool = True,
         replace: bool = False,
+        rows: Iterator[Row] | None = None,
     ) -> None:
         folder = Path(model).expanduser()  # whole: kernels and workers run in other folders
         local = model != BUNDLED and folder.exists()
@@ -112,32 +107,49 @@ class Plan:
         self._takes = cache(parameter_names)
         self._given = {"model_name": self.model, "dtype": dtype, "output_dir": "."}
         self._by = [public_name(model), self.model_digest, code_version()]
-        # shortened digests of questions, and the levels of names; see _name
-        self._questions, self._levels = array("Q"), array("B")
         if "prompt" not in self._takes(self._notebook):
             raise InputError(
                 f"The notebook {notebook} takes no prompt, so it cannot be a report: assign prompt "
                 "in a cell with the tag parameters."
             )
+        known = self._found_by()
+        kept = kept_check(out, self.path, known)
+        self._kept = CheckedFile(*self._check(rows, known)) if kept is None else kept
+        self.asked, self.carried = self._kept.asked, tuple(self._kept.carried)
+        self.tokens, self.units, self.outputs, self.kinds = self._kept.sizes
         taken = _Folders(out if folders else None, *self._by[:2])
-        self._check(taken)
+        self._levels = self._named(taken)
+        self.replaced = taken.replaced
         if taken.others and not replace:
             raise InputError(
                 f"{out} has reports of another model under {len(taken.others):,} of these names "
                 f"({taken.others[0]}): choose another --out, or give --replace."
             )
+        if out is not None and kept is None:
+            self._kept.keep(Path(out))
 
-    def _check(self, taken):
+    def _found_by(self):
+        """The digest of the file, and that of all else that what the check finds depends on."""
+        code = [*self._by, code_version(Path(__file__).parent), sorted(METHODS)]
+        notebooks = sorted({self._notebook, *NOTEBOOKS.glob("*.ipynb")})
+        choices = [self.methods, self._folders, str(self._notebook)]
+        return file_digest(self.path), _digest_of([code, choices, *map(file_digest, notebooks)])
+
+    def _check(self, rows, known):
+        """Check all rows; gives what ``CheckedFile`` takes."""
         tokenizer = load_tokenizer(self.model)
         context, vocabulary = _limits(self.model)
         seen: dict[int, int] = {}  # shortened question: line
         kinds: dict[tuple, int] = {}  # notebook and methods: number
         carried: dict[str, None] = {}  # a set in the order of the file
-        sizes, problems, bad, count = array("I"), list[str](), 0, 0
-        for row in read_entries(self.path):
+        bad, count, writer = Complaints(self.path), 0, CheckedWriter()
+        for row in open_entries(self.path) if rows is None else rows:
             count += 1
             try:
-                entry, source, parameters, question = self._ask(row)
+                if row.problem is not None:
+                    raise row.problem
+                entry = row.entry
+                source, parameters, question = self._ask(entry)
                 read = read_question(
                     tokenizer, **asked(parameters), context=context, vocabulary=vocabulary
                 )
@@ -154,44 +166,40 @@ class Plan:
                 short = _short(question)
                 if short in seen:
                     raise InputError(f"It asks the same as {row.unit} {seen[short]}: remove one.")
-                level = taken.level(entry, question, row) if self._folders else 0
             except InputError as error:
-                bad += 1
-                if len(problems) < TOLD:
-                    problems.append(f"  {row.place(error.field)}: {str(error)[:1000]}")
+                bad.add(row, error)
                 continue
             seen[short] = row.at
-            self._questions.append(short)
-            self._levels.append(level)
             more = max(1, parameters.get("answer", 1)) - 1  # tokens that the model is yet to write
             outputs = len(read.target or (0,)) + more + max(0, len(read.foil or ()) - 1)
             kind = kinds.setdefault((source, frozenset(parameters.get("methods", ()))), len(kinds))
-            sizes.extend((read.input_ids.shape[1], len(read.units) + more, outputs, kind))
-        if problems:
-            more = [f"  … and {bad - len(problems):,} more."] if bad > len(problems) else []
-            raise InputError(
-                f"{self.path}: {bad:,} of {count:,} entries cannot run, so none was started.\n"
-                + "\n".join(problems + more)
-            )
-        columns = np.array(sizes, np.uint32).reshape(-1, 4).T
-        self.tokens, self.units, self.outputs, self.kinds = columns
-        self.asked = [(source.stem, methods) for source, methods in kinds]
-        self.replaced, self.carried = taken.replaced, tuple(carried)
+            writer.add(row, entry, (read.input_ids.shape[1], len(read.units) + more, outputs, kind))
+        bad.refuse(count)
+        if file_digest(self.path) != known[0]:
+            raise InputError(f"{self.path} has changed while it was checked: start again.")
+        kinds_of = [(source.stem, sorted(methods)) for source, methods in kinds]
+        return writer.finished(known, kinds_of, list(carried)), self.path.name
+
+    def _named(self, taken):
+        """The level of each job's name, an array; see ``_name``."""
+        levels, bad = array("B"), Complaints(self.path)
+        if not self._folders:
+            return array("B", bytes(len(self)))
+        for row, entry in self._kept:
+            try:
+                levels.append(taken.level(entry, self._ask(entry)[2], row))
+            except InputError as error:
+                bad.add(row, error)
+        bad.refuse(len(self))
+        return levels
 
     def __len__(self) -> int:
-        return len(self._questions)
+        return len(self.tokens)
 
     def __iter__(self) -> Iterator[Job]:
-        changed = InputError(f"{self.path} has changed since it was checked: start again.")
-        read = 0
-        for row in read_entries(self.path):
-            try:
-                entry, source, parameters, question = self._ask(row)
-            except InputError as error:
-                raise changed from error
-            if read == len(self) or _short(question) != self._questions[read]:
-                raise changed
+        for read, (_, entry) in enumerate(self._kept):
             level = self._levels[read]
+            source, parameters, question = self._ask(entry)
             yield Job(
                 slug=_name(entry, question, level) if self._folders else entry.id or "",
                 prompt=entry.text,
@@ -204,22 +212,16 @@ class Plan:
                 model_digest=self.model_digest,
                 meta={name: entry.carried.get(name) for name in self.carried},
             )
-            read += 1
-        if read < len(self):
-            raise changed
 
-    def _ask(self, row: Row) -> tuple[Entry, Path, dict, str]:
-        """``(entry, notebook, parameters, digest of the question)`` of a row, or ``InputError``."""
-        if row.problem is not None:
-            raise row.problem
-        entry = parse_entry(row.raw, row.kind)
+    def _ask(self, entry: Entry) -> tuple[Path, dict, str]:
+        """``(notebook, parameters, digest of the question)`` of an entry, or ``InputError``."""
         source = self._notebook if entry.notebook is None else find_notebook(entry.notebook)
         takes = self._takes(source)
         # all that is asked: the model, its dtype and where it is saved are no part of it
         parameters = _parameters(entry, source, takes, self.methods)
         question = _digest_of([source.stem, parameters])
         known = {name: value for name, value in self._given.items() if name in takes}
-        return entry, source, parameters | known, question
+        return source, parameters | known, question
 
 
 plan = Plan  # as what makes one is called

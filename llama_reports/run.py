@@ -14,6 +14,7 @@ import papermill
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
 from helpers.models import BUNDLED, public_name
+from llama_reports import TIMEOUT
 from llama_reports.files import UNFINISHED, move_into_place, read_mapping, remove
 from llama_reports.jobs import Job, literal
 from llama_reports.pages import report_page
@@ -27,7 +28,6 @@ SUMMARY = [
 ]
 ATTEMPTS = 2  # kernels that may die of one prompt
 STARTS = 5  # kernels that may die before they are ready, which is no fault of a prompt
-TIMEOUT = 3600.0  # seconds that a report may take
 TOO_LONG = "It took more than {:g} seconds and was stopped: ask for less, or a longer --timeout."
 FULL = (errno.ENOSPC, errno.EDQUOT)
 OURS = ("report.ipynb", "report.html", "report.json")  # what a report's folder gets beside its own

@@ -1,18 +1,26 @@
 """What a terminal is shown: a summary as coloured text, in which no character acts."""
 
 import re
+from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
-from helpers.summary import NOT_WRITTEN, Summary, shades
+if TYPE_CHECKING:
+    from helpers.summary import Summary
 
 # of a terminal, and what turns the direction of a text
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 UP, DOWN = (224, 74, 40), (40, 110, 230)  # as on the page: red for the answer, blue against it
 
 
-def print_summary(summary: Summary, console: Console | None = None) -> None:
+def say(text: str, err: bool = False) -> None:
+    """Print a text, whatever it quotes: nothing in it can steer the terminal."""
+    typer.echo(inert(text), err=err)
+
+
+def print_summary(summary: "Summary", console: Console | None = None) -> None:
     """Print the question, the answer, the coloured prompt and what was found of it.
 
     Where the output is no terminal, or ``NO_COLOR`` is set, the text has no colours. A character
@@ -44,6 +52,8 @@ def inert(text: str) -> str:
 
 def _prompt(summary):
     """The units that somebody wrote, or the model, on their colours, the strongest with numbers."""
+    from helpers.summary import NOT_WRITTEN, shades  # with torch, which no refusal needs
+
     units = summary.question.units
     parts = [unit.part for unit in units]
     text, part = Text(), "prompt"

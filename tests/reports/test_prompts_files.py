@@ -19,7 +19,7 @@ import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from running import write_notebook
+from running import PATIENCE, write_notebook
 
 import helpers
 import llama_reports
@@ -27,8 +27,9 @@ from helpers import InputError, ask, attribute
 from helpers.attribution import METHODS
 from helpers.models import tiny_llama
 from llama_reports import jobs as jobs_module
+from llama_reports.checked import KEPT
 from llama_reports.jobs import find_notebook, finished, notebook_digest, plan
-from llama_reports.prompts import LONGEST_LINE, Entry, read_entries
+from llama_reports.prompts import LONGEST_LINE, Entry, open_entries, read_entries
 from llama_reports.run import run_report
 from llama_reports.versions import code_version, model_digest
 
@@ -837,16 +838,96 @@ def test_a_plan_can_be_read_again_and_holds_a_few_numbers_a_prompt(planned):
     assert list(jobs) == list(jobs) and len(jobs) == 300
     assert jobs.tokens.tolist() == [job.tokens for job in jobs]
     assert jobs.tokens[0] == len("Prompt number 0")  # a token a byte
-    held = [jobs.tokens, jobs.units, jobs.outputs, jobs.kinds, jobs._questions, jobs._levels]
+    held = [jobs.tokens, jobs.units, jobs.outputs, jobs.kinds, jobs._levels]
     assert len(pickle.dumps(held)) < 300 * 32
 
 
-@pytest.mark.parametrize("now", ['"Hi"\n"Other"\n', '"Hi"\n', '"Hi"\n"Ho"\n"More"\n', '"Hi"\n{'])
-def test_a_file_that_changes_after_the_check_is_refused(planned, now):
-    jobs = planned("p.jsonl", '"Hi"\n"Ho"\n')
-    jobs.path.write_text(now, encoding="utf-8")
-    with pytest.raises(InputError, match="has changed since it was checked"):
-        list(jobs)
+CARRIES = [
+    {"prompt": "1066", "id": "a", "Model name": "x", "_fields_set": [1, {"y": None}], "answer": 3},
+    {"messages": CHAT, "methods": ["random"], "units": "turns", "score": 0.5},
+    {"prompt": "Ünï\u2028codé\n", "options": [" a", " b"], "chat": True},
+]
+
+
+def test_a_kept_check_says_what_the_check_said(planned, tmp_path, monkeypatch):
+    content = "\n".join(map(json.dumps, CARRIES))
+    jobs = planned("p.jsonl", content, out=tmp_path / "out")
+    monkeypatch.setattr("llama_reports.jobs.load_tokenizer", None)  # which no second check could do
+    again = planned("p.jsonl", content, out=tmp_path / "out")
+    assert list(again) == list(jobs) and len(jobs) == 3
+    assert (again.asked, again.carried, again.replaced) == (jobs.asked, jobs.carried, 0)
+    for name in ("tokens", "units", "outputs", "kinds"):
+        assert getattr(again, name).tolist() == getattr(jobs, name).tolist()
+
+
+def test_a_kept_check_names_places_in_the_file(planned, refused, tmp_path):
+    content = "- {id: one, prompt: Hi}\n\n- {id: two, prompt: Ho}\n"
+    planned("p.yml", content, out=tmp_path / "out")
+    (tmp_path / "out" / "two").mkdir()  # which is no report
+    assert "p.yml, line 3, entry 2 ('two'), key 'id'" in refused(
+        "p.yml", content, out=tmp_path / "out"
+    )
+
+
+@pytest.mark.parametrize(
+    "other", [{"methods": ["random"]}, {"notebook": "08_comparison"}, {"folders": False}]
+)
+def test_a_check_for_something_else_is_made_again(planned, tmp_path, monkeypatch, other):
+    planned("p.jsonl", '"Hi"\n"Ho"\n', out=tmp_path / "out")
+    kept = (tmp_path / "out" / KEPT).read_bytes()
+    changed = planned("p.jsonl", '"Hi"\n"Ha"\n', out=tmp_path / "out")
+    assert [job.prompt for job in changed] == ["Hi", "Ha"]
+    assert (tmp_path / "out" / KEPT).read_bytes() != kept
+    monkeypatch.setattr("llama_reports.jobs.load_tokenizer", None)
+    with pytest.raises(TypeError):
+        planned("p.jsonl", '"Hi"\n"Ha"\n', out=tmp_path / "out", **other)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-9], lambda b: b"x" * len(b)])
+def test_a_damaged_check_is_made_again(planned, tmp_path, damage):
+    jobs = list(planned("p.jsonl", '"Hi"\n"Ho"\n', out=tmp_path / "out"))
+    kept = tmp_path / "out" / KEPT
+    kept.write_bytes(damage(kept.read_bytes()))
+    assert list(planned("p.jsonl", '"Hi"\n"Ho"\n', out=tmp_path / "out")) == jobs
+    assert pyarrow.parquet.read_table(kept).num_rows == 2
+
+
+def test_what_runs_is_what_was_checked(planned, tmp_path):
+    jobs = planned("p.jsonl", '"Hi"\n"Ho"\n', out=tmp_path / "out")
+    planned("p.jsonl", '"Other"\n', out=tmp_path / "out")
+    assert [job.prompt for job in jobs] == ["Hi", "Ho"]
+
+
+def test_a_file_that_changes_while_it_is_checked_is_refused(planned, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('"Hi"\n"Ho"\n', encoding="utf-8")
+
+    def growing():
+        yield from open_entries(path)
+        with path.open("a") as stream:
+            stream.write('"More"\n')
+
+    with pytest.raises(InputError, match="has changed while it was checked"):
+        planned("p.jsonl", '"Hi"\n"Ho"\n', rows=growing())
+
+
+def test_a_refused_file_is_not_kept(refused, tmp_path):
+    assert refused("p.jsonl", '{"prompt": "Hi", "foil": "a", "target": "a"}', out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_wrong_with_a_file_is_told_before_torch_is_imported(tmp_path):
+    path = tmp_path / "p.yml"
+    path.write_text("- {prompt: Hi, traget: a}\n- Ho\n- {foil: b}\n", encoding="utf-8")
+    code = (
+        "import sys\nfrom llama_reports.command import main\ntry:\n    main()\nfinally:\n"
+        "    print({'torch', 'transformers', 'papermill', 'pandas'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 2 and done.stdout == "set()\n"
+    assert "2 of 3 entries cannot run" in done.stderr and "line 3, entry 3" in done.stderr
 
 
 # --- a prompts file is data ---------------------------------------------------------------------
@@ -869,6 +950,7 @@ USED = [
     "comparison.html",
     "scores",
     "scores.parquet",
+    "plan.parquet",
     "evidence",
     "prompts",
     "figures",

@@ -21,7 +21,7 @@ WORDS = ["keys", "doors", "boats", "lamps", "chairs", "roads", "books", "birds",
 WORDS += ["clouds", "apples", "stones"]
 # imports helpers once, and forks a process for every run
 forked = multiprocessing.get_context("forkserver")
-forked.set_forkserver_preload(["llama_reports.command"])
+forked.set_forkserver_preload(["llama_reports.all_prompts"])
 
 
 @pytest.fixture
