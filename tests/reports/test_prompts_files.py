@@ -918,7 +918,7 @@ def test_a_refused_file_is_not_kept(refused, tmp_path):
 
 def test_what_is_wrong_with_a_file_is_told_before_torch_is_imported(tmp_path):
     path = tmp_path / "p.yml"
-    path.write_text("- {prompt: Hi, traget: a}\n- Ho\n- {foil: b}\n", encoding="utf-8")
+    path.write_text("- {prompt: Hi, targett: a}\n- Ho\n- {foil: b}\n", encoding="utf-8")
     code = (
         "import sys\nfrom llama_reports.command import main\ntry:\n    main()\nfinally:\n"
         "    print({'torch', 'transformers', 'papermill', 'pandas'} & set(sys.modules))"
