@@ -95,6 +95,8 @@ $(INSEQ)/ready: benchmarks/peers/inseq-requirements.txt
 bench: model $(INSEQ)/ready
 	$(BIN)/python benchmarks/reports.py
 	$(BIN)/python benchmarks/reports.py --killed
+	$(BIN)/python benchmarks/reports.py --make
+	$(BIN)/python benchmarks/long_prompts.py
 	$(BIN)/python benchmarks/scores.py
 	$(BIN)/python benchmarks/gallery.py
 	$(BIN)/python benchmarks/attribution.py --inseq $(INSEQ)/bin/python

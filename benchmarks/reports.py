@@ -2,8 +2,8 @@
 
 ``python benchmarks/reports.py`` writes reports on the thirty shortest prompts, each by plain
 papermill and by the warm engine, in turns. With ``--killed`` it runs a short notebook over two
-hundred prompts on two workers twice, once with everything killed on the way. One thread a report,
-as is the default.
+hundred prompts on two workers twice, once with everything killed on the way. With ``--make`` it
+makes the five reports of ``make report`` as that does, once the set-up is there.
 """
 
 import argparse
@@ -179,6 +179,39 @@ def killed(count):
     keep("killed", "Reports: two hundred prompts, killed and resumed", text)
 
 
+def made():
+    """The five reports of ``make report``, and what of their time each part took."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "llama_reports", str(NOTEBOOKS / "prompts.yml")]
+        command += ["--workers", "0", "--out", folder]
+        seconds = []
+        for _ in range(2):
+            began = time.perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            seconds.append(time.perf_counter() - began)
+        rows = [_parts(file.parent) for file in sorted(Path(folder).glob("[!.]*/report.json"))]
+    text = (
+        f"{table(rows)}\n\nSeconds. All {len(rows)} reports took {seconds[0]:.0f} s by the clock "
+        f"on {os.cpu_count()} cores, with the start of all processes; the same command again, "
+        f"which finds them finished, {seconds[1]:.0f} s."
+    )
+    keep("make_report", "Reports: the five of `make report`", text)
+
+
+def _parts(folder):
+    """A row of the table of ``made``: a report's seconds, and those of its longest parts."""
+    facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    took = pd.read_csv(folder / "evidence.csv").set_index("method")["seconds"]
+    cells = nbformat.read(folder / "report.ipynb", 4).cells
+    durations = {c.source.split("\n")[0]: c.metadata["papermill"]["duration"] or 0 for c in cells}
+    tested = next(value for line, value in durations.items() if line.startswith("tested = "))
+    row = {"report": facts["slug"], "tokens": facts["tokens"], "all": facts["seconds"]}
+    row |= {"integrated gradients": took.pop("integrated_gradients"), "other methods": took.sum()}
+    row |= {"erasing and what goes without": tested}
+    row["rest"] = row["all"] - sum(list(row.values())[3:])
+    return {k: f"{v:.1f}" if isinstance(v, float) else v for k, v in row.items()}
+
+
 def _short_notebook(folder):
     """A notebook that is done in a second, so that two hundred of it are no long wait."""
     spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -224,9 +257,12 @@ def _scores(out):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--killed", action="store_true", help="the two hundred prompts")
+    parser.add_argument("--make", action="store_true", help="the five of make report")
     parser.add_argument("--count", type=int, help="prompts, for a trial")
     given = parser.parse_args()
-    if given.killed:
+    if given.make:
+        made()
+    elif given.killed:
         killed(given.count or 200)
     else:
         overhead(given.count or 30)
