@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from datetime import UTC, datetime
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from llama_reports.prompts import Row
 from llama_reports.run import keep_failure, report_source, run_report
 from llama_reports.scores import chunks, discard_unfinished, finished_ids, score_part
 from llama_reports.terminal import say
+
+AHEAD = 64  # jobs that are put in order together
 
 
 def run_all(
@@ -123,7 +126,9 @@ def _report_all(jobs, out, cluster, threads, done, timeout):
     open_slugs = {job.slug for job in jobs if not done(job)}
     before = sum(finished(job, out) for job in jobs)
     left, ended, failed, interrupted = len(open_slugs), 0, [], True
-    tasks = ((job, report_source(job.notebook)) for job in jobs if job.slug in open_slugs)
+    to_run = (job for job in jobs if job.slug in open_slugs)
+    ordered = to_run if cluster == (None, None) else _longest_first(to_run)
+    tasks = ((job, report_source(job.notebook)) for job in ordered)
     function = partial(_report, out=out.resolve(), model=jobs.model, threads=threads)
     function = partial(function, timeout=timeout)
     with (
@@ -147,6 +152,13 @@ def _report_all(jobs, out, cluster, threads, done, timeout):
     if index:
         say(f"Open {index.resolve()}")
     return len(failed), interrupted
+
+
+def _longest_first(jobs):
+    """Jobs in another order, so that no long one is left to a single worker at the end."""
+    jobs = iter(jobs)
+    while held := list(islice(jobs, AHEAD)):
+        yield from sorted(held, key=lambda job: -job.tokens)
 
 
 def _report(task, out, model, threads, timeout):
