@@ -160,19 +160,23 @@ def against_random(
 
     Returns a DataFrame, one row a method: the measures of ``erasure_measures``,
     ``random_faithfulness``, the mean of the random orders, and ``beats_random``, the share of them
-    that the method's ``faithfulness`` exceeds. ``among`` and ``options`` are those of
+    that the method's ``faithfulness`` exceeds. The second half of the random orders are the first
+    half from behind: that takes no more rows, as what one erases first the other inserts last, and
+    the mean of chance comes out as the 0 that it is. ``among`` and ``options`` are those of
     ``erasure_curves``: with ``among`` the methods' orders are those of these units alone.
     """
     places = torch.arange(len(question.units)) if among is None else torch.tensor(among)
     own = torch.stack([importance_order(result) for result in results.values()])
     own = torch.stack([order[torch.isin(order, places)] for order in own])
-    orders = torch.cat([torch.searchsorted(places, own), random_orders(len(places), count, seed)])
+    chance = random_orders(len(places), (count + 1) // 2, seed)
+    chance = torch.cat([chance, chance.flip(1)])[:count]
+    orders = torch.cat([torch.searchsorted(places, own), chance])
     curves = erasure_curves(model, question, orders, among=places.tolist(), **options)
     measures = pd.DataFrame({k: v.numpy() for k, v in erasure_measures(curves).items()})
-    methods, chance = measures[: len(results)], measures["faithfulness"][len(results) :]
-    beaten = methods["faithfulness"].map(lambda value: (chance < value - 1e-4).mean())
+    methods, by_chance = measures[: len(results)], measures["faithfulness"][len(results) :]
+    beaten = methods["faithfulness"].map(lambda value: (by_chance < value - 1e-4).mean())
     return methods.assign(
-        random_faithfulness=chance.mean(), beats_random=beaten, method=list(results)
+        random_faithfulness=by_chance.mean(), beats_random=beaten, method=list(results)
     ).set_index("method")
 
 

@@ -294,7 +294,7 @@ def summarise(
     borne_out, sentences = _trust(question, method, first, found, tested)
     coarse = question.grouping not in FINE and strongest
     return Summary(
-        inside=_inside(model, question, strongest[0]) if coarse else None,
+        inside=_inside(model, question, strongest[0], results) if coarse else None,
         question=question,
         whole=whole,
         method=method,
@@ -310,10 +310,11 @@ def summarise(
     )
 
 
-def _inside(model, question, unit):
+def _inside(model, question, unit, results):
     """The words of a unit by relevance, the strongest of them tried on the model; a ``Summary``.
 
-    ``None`` where the rules of relevance do not fit the model, or there are no two words.
+    ``results`` may have relevance, whose scores of tokens make those of any units. ``None`` where
+    the rules of relevance do not fit the model, or there are no two words.
     """
     inside, words = set(question.units[unit].positions), []
     for word in prompt_units(question.read, "words"):
@@ -327,7 +328,8 @@ def _inside(model, question, unit):
         return None
     units = [*question.units[:unit], *words, *question.units[unit + 1 :]]
     closer = replace(question, units=units, grouping="words", sources=())
-    scores = attribute(model, closer, "relevance").scores
+    result = results.get("relevance") or attribute(model, closer, "relevance")
+    scores = torch.stack([result.tokens[list(unit.positions)].sum() for unit in units])
     places = range(unit, unit + len(words))
     strongest = sorted(places, key=lambda place: -float(scores[place]))[:STRONGEST]
     whole, *found = probabilities_without(model, closer, [(), *((place,) for place in strongest)])

@@ -277,7 +277,8 @@ def erasure_price(units: int, tokens: int, orders: int) -> Price:
     ``tokens`` are those of the prompt; notebooks/08_comparison.ipynb runs it.
     """
     chances, steps = erasure_size(units, tokens)
-    drawn, there_are = 2 * (orders + chances) * (steps - 1) + 3, 2.0 ** min(units, 60)
+    # half of the random orders are the others from behind, with the same variants
+    drawn, there_are = (2 * orders + chances) * (steps - 1) + 3, 2.0 ** min(units, 60)
     variants = -there_are * math.expm1(-drawn / there_are)  # those that are drawn twice run once
     return Price(forwards=variants, share=ERASED)
 

@@ -20,6 +20,8 @@ class Attribution:
     ``each``         FloatTensor [outputs, units]: the scores of each output by itself, where
                      ``each=True`` asked for them. ``outputs`` names them: the tokens of the target,
                      then those of a longer foil, counted against
+    ``tokens``       FloatTensor [columns]: the scores of single tokens, of which those of units are
+                     sums; ``None`` where a method asks about whole units
     ``gap``          |sum(scores) - moved| / max(|moved|, 1 nat), where ``moved`` is how much the
                      objective changes from the baseline to the prompt (from nothing, for methods
                      without a baseline); ``None`` where the method does not promise that its
@@ -42,6 +44,7 @@ class Attribution:
     units: list[Unit]
     each: Tensor | None = None
     outputs: tuple[str, ...] = ()
+    tokens: Tensor | None = None
     gap: float | None = None
     gaps: Tensor | None = None
     closed: bool | None = None
@@ -115,6 +118,7 @@ def attributions(asked: Any, scores: Tensor, **evidence: Any) -> list[Attributio
             asked,
             row,
             asked.per_unit(scores[row], row),
+            tokens=_plain(scores[row].sum(dim=0)),
             **{name: values[row] for name, values in of_rows.items()},
             **evidence,
         )

@@ -120,6 +120,17 @@ def test_saliency_is_the_norm_of_the_known_gradient(linear, tiny, options):
     same(result.each, linear.known_gradients(question).norm(dim=2))
 
 
+@pytest.mark.parametrize("method", ["relevance", "gradient_x_input"])
+def test_the_scores_of_tokens_make_those_of_any_units(tiny, method):
+    options = {"target": "abc", "foil": "b"}
+    words = attribute(tiny[0], a_question(tiny, units="words", **options), method)
+    tokens = attribute(tiny[0], a_question(tiny, **options), method)
+    same(words.tokens, tokens.scores, 1e-5)
+    same(words.tokens, tokens.tokens, 1e-5)
+    sums = [words.tokens[list(unit.positions)].sum() for unit in words.units]
+    same(words.scores, torch.stack(sums), 1e-5)
+
+
 @pytest.mark.parametrize("baseline", ["mean", "zero", "eos"])
 def test_integrated_gradients_have_no_gap_on_a_linear_model(linear, tiny, baseline):
     question = ask(linear, tiny[1], PROMPT, target="a", foil="b")
@@ -572,7 +583,7 @@ def rows_in_a_report(names, units, tokens):
     return {name: 2 * p.gradients + p.share * p.forwards for name, p in prices.items()}
 
 
-FEW = ["integrated_gradients", "occlusion", "random"]
+FEW = ["integrated_gradients", "occlusion", "coalitions", "random"]
 
 
 @pytest.mark.parametrize(
@@ -611,7 +622,7 @@ def test_a_longer_foil_takes_no_gradients_from_a_report(tiny):
             ask(*tiny, "ab" * 10, target="a b c", foil=foil),
             "integrated_gradients",
             budget=BUDGET,
-            beside=["random"],
+            beside=["coalitions", "random"],
             tolerance=1e-12,
         ).evaluations
         for foil in (None, "d e f")
@@ -620,7 +631,7 @@ def test_a_longer_foil_takes_no_gradients_from_a_report(tiny):
 
 
 def test_what_others_take_gives_integrated_gradients_their_part(monkeypatch):
-    names = "integrated_gradients", "occlusion"
+    names = "integrated_gradients", "occlusion", "coalitions"
     few = most_gradients(30, *names)
     assert few < most_gradients(30, *names, "shapley") < most_gradients(30, *METHODS)
     more = most_gradients(30, *names, shapley={"permutations": 40})
@@ -629,7 +640,7 @@ def test_what_others_take_gives_integrated_gradients_their_part(monkeypatch):
         options = (lambda u, t, b: None) if name == "unpaid" else (lambda u, t, b: {})
         record = Method(name, None, lambda u, t, o, price=price: price, options=options)
         monkeypatch.setitem(METHODS._found, name, record)
-    orders = erasure_price(30, 30, 3).rows - erasure_price(30, 30, 2).rows
+    orders = erasure_price(30, 30, 4).rows - erasure_price(30, 30, 3).rows
     theirs = most_gradients(30, *names, "theirs")
     assert theirs == pytest.approx(few + (600 + orders) / 3 / 2, abs=1)
     assert most_gradients(30, *METHODS) > most_gradients(30, *names, "theirs", "unpaid") >= theirs

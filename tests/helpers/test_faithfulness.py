@@ -155,6 +155,21 @@ def test_against_random_orders_the_units_that_are_tested_alone(tiny):
         same(torch.tensor([table.loc[name, "faithfulness"]]), faithful)
 
 
+def test_half_of_the_random_orders_are_the_others_from_behind(tiny):
+    question = ask(*tiny, PROMPT)
+    results = {"random": attribute(tiny[0], question, "random")}
+    table = against_random(tiny[0], question, results, count=4, seed=7)
+    drawn = random_orders(10, 2, 7)
+    curves = erasure_curves(tiny[0], question, torch.cat([drawn, drawn.flip(1)]))
+    chance = erasure_measures(curves)["faithfulness"]
+    same(chance[:2], -chance[2:])
+    assert table["random_faithfulness"].item() == pytest.approx(0, abs=1e-5)
+    share = (chance < table["faithfulness"].item() - 1e-4).float().mean()
+    assert table["beats_random"].item() == pytest.approx(share.item())
+    alone = erasure_curves(tiny[0], question, drawn)
+    assert curves.forwards == alone.forwards  # the same variants
+
+
 @pytest.mark.parametrize("order", [[[0, 1]], [[0] * 10], [list(range(1, 11))]])
 def test_an_order_that_is_no_permutation_is_refused(tiny, order):
     with pytest.raises(InputError, match="each of the 10 units once"):
