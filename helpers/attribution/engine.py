@@ -347,6 +347,8 @@ class Asked:
             index = index[:, None, :, None].expand(-1, texts, -1, rows.shape[-1]).to(device)
             rows = rows.gather(2, index)
         put = F.pad(blank, (0, 0, 0, length - blank.shape[1]))[owner.to(blank.device), None, first:]
+        read = int(places.max()) + 1  # what was taken out stands behind, where nobody looks
+        rows, gone, put = rows[:, :, :read], gone[:, :read], put[:, :, :read]
         rows = torch.where(gone[:, None, :, None].to(device), put.to(rows), rows)
         options = {}
         if first:
