@@ -14,13 +14,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import psutil
 from tqdm import tqdm
 
 from helpers.errors import InputError
 from helpers.machine import SlowPrecision
-from llama_reports.costs import slow_dtype
-from llama_reports.estimate import estimate, long_run, refuse_what_does_not_fit
+from llama_reports.costs import counted, slow_dtype
+from llama_reports.estimate import (
+    divided,
+    estimate,
+    long_run,
+    refuse_what_does_not_fit,
+    spread,
+)
 from llama_reports.files import only_writer, read_mapping
 from llama_reports.gallery import write_index
 from llama_reports.jobs import finished, plan
@@ -42,13 +47,14 @@ def run_all(
     dtype: str,
     workers: int | None,
     scheduler: str | None,
-    threads: int,
+    threads: int | None,
     scores_only: bool,
     timeout: float,
     only: Sequence[str] | None,
     retry_failed: bool,
     replace: bool,
     dry_run: bool,
+    attempts: int | None,
     rows: Iterator[Row] | None = None,
 ) -> tuple[int, bool]:
     """Do what the command asks for; gives how many failed, and whether it was interrupted.
@@ -62,27 +68,33 @@ def run_all(
     skipped = _skipped(jobs, out, only or (), retry_failed)
     done = (lambda job: job.identity in scored(out, jobs.carried)) if scores_only else skipped
     given: dict[str, Any] = {"scores_only": scores_only, "done": done}
-    planned = partial(estimate, jobs, out, threads=threads, **given)
+    if workers == 0:
+        workers, threads = divided(jobs, _cores(), threads, **given)
+    threads = threads or 1
+    planned = partial(estimate, jobs, out, workers=workers or 1, threads=threads, **given)
     if scheduler is None and (slow := slow_dtype(model, dtype, threads)):
         say(f"Note: {slow}", err=True)
         warnings.simplefilter("ignore", SlowPrecision)  # load_model would say it again
-    if workers == 0:
-        fit = int(0.8 * psutil.virtual_memory().available / max(1, planned(workers=1).memory))
-        workers = max(1, min(_cores() // threads, fit, len(jobs)))
-    if dry_run:
-        say(planned(workers=workers or 1).text)
+    cores = _cores() if scheduler is None else 0
+    if dry_run and attempts is None:
+        say(planned(cores=cores).text)
     if scheduler is None:  # else the memory is that of other machines
         refuse_what_does_not_fit(jobs, workers=workers or 1, **given)
-    if dry_run:
+    if dry_run and attempts is None:
         return 0, False
-    if scheduler is None:
+    tried = None if attempts is None else spread(jobs, attempts, done)
+    if scheduler is None and tried is None:
         told = long_run(jobs, out, threads=threads, workers=workers or 1, **given)
         if told:
             say(told, err=True)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for the kernels, and a cluster of our own
     run = _score_all if scores_only else partial(_report_all, done=done, timeout=timeout)
     with only_writer(out):
-        return run(jobs, out, (workers, scheduler), threads)
+        failed, interrupted = run(jobs, out, (workers, scheduler), threads, tried)
+    if tried is not None and not interrupted:
+        scored.cache_clear()
+        say(_of_trial(tried, out) + planned(tried=tried, cores=cores).text)
+    return failed, interrupted
 
 
 def _skipped(jobs, out, only, retry_failed):
@@ -118,12 +130,25 @@ def _log(out, facts):
         log.write(f"{line}\n")
 
 
-def _report_all(jobs, out, cluster, threads, done, timeout):
-    """Run every job that is not ``done``, and print what came of it.
+def _of_trial(tried, out):
+    """What to say of the jobs that were ``tried``."""
+    if not tried:
+        return ""
+    lengths = sorted(job.tokens for job in tried.values())
+    between = f"{lengths[0]:,} to {lengths[-1]:,} tokens"
+    return (
+        f"Tried: {counted(len(tried), 'prompt')} of {between}, in {out} as in any run: what is "
+        "finished there is not run again.\n"
+    )
+
+
+def _report_all(jobs, out, cluster, threads, tried, done, timeout):
+    """Run every job that is not ``done``, or those that are to be ``tried``; print what came of it.
 
     Returns how many failed, and whether the run was interrupted.
     """
-    open_slugs = {job.slug for job in jobs if not done(job)}
+    chosen = jobs if tried is None else tried.values()
+    open_slugs = {job.slug for job in chosen if not done(job)}
     before = sum(finished(job, out) for job in jobs)
     left, ended, failed, interrupted = len(open_slugs), 0, [], True
     to_run = (job for job in jobs if job.slug in open_slugs)
@@ -171,18 +196,19 @@ def _report(task, out, model, threads, timeout):
     return run_report(job, out, model, source=source, timeout=timeout)
 
 
-def _score_all(jobs, out, cluster, threads):
-    """Attribute every prompt that is not in the tables of ``out``; returns as ``_report_all``."""
+def _score_all(jobs, out, cluster, threads, tried):
+    """Attribute prompts that are not in the tables of ``out``; all is as in ``_report_all``."""
     known = finished_ids(out, jobs.carried)  # which refuses other tables: nothing is touched
     discard_unfinished(out)
-    before = sum(job.identity in known for job in jobs)
+    chosen = jobs if tried is None else tried.values()
+    before = sum(job.identity in known for job in chosen)
     options = {"model": jobs.model, "dtype": jobs.dtype, "threads": threads}
     options["methods"] = jobs.methods
     function = partial(score_part, out=out.resolve(), **options)
-    parts, done, failed, told, interrupted = chunks(jobs, done=known), 0, 0, 0, True
+    parts, done, failed, told, interrupted = chunks(chosen, done=known), 0, 0, 0, True
     with (
         suppress(KeyboardInterrupt),
-        tqdm(total=len(jobs) - before, unit="prompt", disable=None) as bar,
+        tqdm(total=len(chosen) - before, unit="prompt", disable=None) as bar,
     ):
         while parts:
             halves = []
@@ -201,7 +227,7 @@ def _score_all(jobs, out, cluster, threads):
                     bar.update(len(part))
             parts = halves
         interrupted = False
-    _sum_up("prompts", done - failed, len(jobs) - before, failed, before)
+    _sum_up("prompts", done - failed, len(chosen) - before, failed, before)
     if failed > told:
         say(f"What failed is in the column error of {out / 'prompts'}.", err=True)
     return failed, interrupted

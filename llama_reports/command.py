@@ -59,14 +59,19 @@ def main_command(
     method: Methods = None,
     dtype: WeightsDtype = "float32",
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes of a Dask cluster here; 0: as many as fit.")
+        int | None,
+        typer.Option(min=0, help="Processes of a Dask cluster here; 0: what is fastest here."),
     ] = None,
     scheduler: Annotated[
         str | None, typer.Option(help="A running Dask scheduler, such as tcp://10.0.0.1:8786.")
     ] = None,
     threads: Annotated[
-        int, typer.Option(min=1, help="Threads a report; last digits depend on it.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Threads a report; last digits depend on it. 1, or with --workers 0 chosen.",
+        ),
+    ] = None,
     scores_only: Annotated[
         bool, typer.Option("--scores-only", help="No notebooks: batches, and Parquet in OUT.")
     ] = False,
@@ -85,6 +90,10 @@ def main_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run, and what it takes.")
     ] = False,
+    attempts: Annotated[
+        int | None,
+        typer.Option("--try", min=1, help="With --dry-run: run so many first, and go by these."),
+    ] = None,
 ) -> None:
     """Execute a notebook over every prompt of a file: one report each, and a gallery of them all.
 
@@ -107,6 +116,8 @@ def main_command(
     with _refusals(out):
         if workers is not None and scheduler is not None:
             raise InputError("--workers starts a cluster and --scheduler joins one: give one.")
+        if attempts is not None and not dry_run:
+            raise InputError("--try runs prompts to estimate the others by them: add --dry-run.")
         if scores_only and (only or retry_failed):
             raise InputError("--only and --retry-failed choose reports: drop --scores-only.")
         # what is wrong with the file itself is told at once

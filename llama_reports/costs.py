@@ -11,6 +11,7 @@ import re
 import time
 from bisect import bisect_right
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -403,34 +404,54 @@ def slow_dtype(model: str | Path, dtype: str, threads: int = 1) -> str | None:
     return slow_precision(_dtype(config, dtype), config.hidden_size, device, threads)
 
 
-def measure(shape: Shape, dtype: str = "float32", threads: int = 1) -> Machine:
-    """The ``Machine`` that this one is, for matrices of ``shape``; takes about a second."""
+def measure(shape: Shape, dtype: str = "float32", threads: int = 1, workers: int = 1) -> Machine:
+    """The ``Machine`` that this one is, for matrices of ``shape``; takes about a second.
+
+    Its rates are those that each of ``workers`` with so many ``threads`` has while all compute.
+    They share caches and memory as processes do: torch lets go of Python's lock while it computes.
+    """
     device = device_of_runs()
     kind = _dtype(None, "float32" if dtype == "auto" else dtype)
     inner, outer = min(shape.width, 1024), min(shape.feed_forward, 4096)
-    rows, weight = (torch.ones(n, inner, dtype=kind, device=device) for n in (512, outer))
-    large = torch.ones(4096, 4096, dtype=kind, device=device)  # larger than a cache
     numbers = torch.ones(4096, 4096, device=device)
     toy = tiny_llama()[0].to(device)  # so small that nothing of its time is arithmetic
-    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    names = {"numbers": numbers, "linear": torch.nn.functional.linear, "toy": toy}
+    names["token"] = torch.zeros(1, 1, dtype=torch.long, device=device)
 
-    def seconds(code):
-        names = {"rows": rows, "weight": weight, "large": large, "toy": toy, "token": token}
-        names["numbers"] = numbers
-        names["linear"] = torch.nn.functional.linear
+    def ones(*sizes):
+        return torch.ones(*sizes, dtype=kind, device=device)
+
+    own = [  # the large one, and all of them together, are larger than a cache
+        names
+        | {"rows": ones(512, inner), "weight": ones(outer, inner)}
+        | {"large": ones(4096 // min(workers, 4), 4096)}
+        for _ in range(workers)
+    ]
+
+    def one(names, code):
         # of one thread its processor's time, which others on the machine hardly change
-        clock = {"timer": time.process_time} if threads == 1 and device.type == "cpu" else {}
+        clock = {"timer": time.thread_time} if threads == 1 and device.type == "cpu" else {}
         timer = Timer(code, globals=names, num_threads=threads, **clock)
         with torch.inference_mode():
             return timer.blocked_autorange(min_run_time=0.1).median
 
-    return Machine(
-        flops=2 * rows.numel() * outer / seconds("linear(rows, weight)"),
-        bandwidth=large.nbytes / seconds("linear(large[:1], large)"),
-        overhead=seconds("toy(token, use_cache=False)") / TOY_LAYERS,
-        near=numbers[:256].numel() / seconds("numbers[:256].softmax(dim=-1)"),
-        far=numbers.numel() / seconds("numbers.softmax(dim=-1)"),
-    )
+    def seconds(code, sets=own):
+        return sum(pool.map(one, sets, [code] * len(sets))) / len(sets)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)  # else each of several timers would put back another's number
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            return Machine(
+                flops=2 * 512 * inner * outer / seconds("linear(rows, weight)"),
+                bandwidth=own[0]["large"].nbytes / seconds("linear(large[:1], large)"),
+                # all of it is Python's, of which a process has its own
+                overhead=seconds("toy(token, use_cache=False)", own[:1]) / TOY_LAYERS,
+                near=numbers[:256].numel() / seconds("numbers[:256].softmax(dim=-1)"),
+                far=numbers.numel() / seconds("numbers.softmax(dim=-1)"),
+            )
+    finally:
+        torch.set_num_threads(before)
 
 
 def device_of_runs() -> torch.device:

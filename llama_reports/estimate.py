@@ -1,7 +1,9 @@
 """What a plan will take, before any of it is run: ``llama_reports.costs``, over all its prompts."""
 
+import heapq
+import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
@@ -36,7 +38,7 @@ from llama_reports.costs import (
 )
 from llama_reports.files import read_mapping
 from llama_reports.jobs import DEFAULT_NOTEBOOK, Job, Plan, finished
-from llama_reports.scores import DEFAULT_METHODS, WINDOW
+from llama_reports.scores import DEFAULT_METHODS, PART, WINDOW, seconds_of
 
 SHOWN = 10  # reports that are named
 ENOUGH = 3  # finished reports from which on the estimate is corrected by them
@@ -47,6 +49,9 @@ DISK = 1_450_000, 75_000  # bytes of a report's folder, and those a token
 SCORE = 16  # bytes of a score on disk, and of what stands beside it
 PROCESS = 600_000_000  # bytes of a process that has imported everything, without a model
 HOUR = 3600.0  # seconds from which on a run says how long it will take
+FASTER = 0.9  # of the time: what takes more than that is not called faster
+ROOM = 0.8  # of the free memory, for as many workers as fit
+LAST = 1000  # reports that are dealt to workers one by one; those before them keep all busy
 FAST = 1e12, 1e11, 1e-5, 1e10, 1e10  # a machine beside which this one is slow
 
 
@@ -56,8 +61,8 @@ class Estimate:
 
     ``memory`` is the most that all processes hold together, on the accelerator where there is one.
     ``first`` are the names of the first reports to run, ``replaced`` counts those that take the
-    place of another question's, ``basis`` is in words what all of this rests on, and ``text`` is
-    what ``--dry-run`` prints.
+    place of another question's, ``basis`` is in words what all of this rests on, ``faster`` are
+    sentences on what would take less time, and ``text`` is what ``--dry-run`` prints.
     """
 
     to_run: int
@@ -69,7 +74,9 @@ class Estimate:
     disk: int = 0
     basis: str = ""
     workers: int = 1
+    threads: int = 1
     unit: str = "report"
+    faster: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -84,10 +91,11 @@ class Estimate:
         if self.to_run:
             memory, disk = in_bytes(self.memory), in_bytes(self.disk)
             lines.append(
-                f"About {in_time(self.seconds)} with {counted(self.workers, 'worker')}; at most "
-                f"{memory} of memory; {disk} of disk."
+                f"About {in_time(self.seconds)} with {_in_words(self.workers, self.threads)}; at "
+                f"most {memory} of memory; {disk} of disk."
             )
             lines.append(f"Basis: {self.basis}")
+            lines += [f"Faster: {sentence}" for sentence in self.faster]
         return "\n".join(lines)
 
 
@@ -100,13 +108,17 @@ def estimate(
     scores_only: bool = False,
     done: Callable[[Job], bool] | None = None,
     machine: Machine | None = None,
+    tried: Mapping[int, Job] | None = None,
+    cores: int = 0,
 ) -> Estimate:
     """What a ``Plan`` takes with ``workers`` processes of ``threads`` threads each.
 
     ``done(job)`` says if a job needs no more work; by default, if its report is in ``out``. With
     ``scores_only`` jobs are attributed in batches and no notebook is run. ``machine`` is measured
     here unless it is given. Where ``out`` holds reports of the same notebook and model, what they
-    took corrects the estimate. Returns an ``Estimate``.
+    took corrects the estimate; where ``tried`` is given, as ``spread`` gives it, what these jobs
+    took there. With ``cores`` that may be used, another dtype and other workers and threads are
+    measured too, and what is faster is told. Returns an ``Estimate``.
     """
     if done is None and not scores_only and out is not None and Path(out).exists():
         done = partial(finished, out=out)
@@ -115,21 +127,65 @@ def estimate(
     found = Estimate(to_run, len(plan) - to_run, plan.replaced, first, unit=unit)
     if not to_run:
         return found
-    shape = model_shape(plan.model, plan.dtype)
-    machine = machine or measure(shape, plan.dtype, threads)
-    kinds = np.unique(plan.kinds[left])
-    notebooks = sorted({plan.asked[kind][0] for kind in kinds if not scores_only})
-    corrections = {name: _correction(plan, shape, machine, name, out) for name in notebooks}
-    each = _seconds_of_jobs(plan, shape, machine, left, corrections)
-    busy = max(1, min(workers, to_run))
+    shape, busy = model_shape(plan.model, plan.dtype), min(workers, _tasks(to_run, scores_only))
+    machine = machine or measure(shape, plan.dtype, threads, busy)
+    run = _Run(plan, left, scores_only, {})
+    fits = _fits(run, shape, machine, out, tried)
+    run = replace(run, fits=fits)
+    seconds = run.seconds(shape, machine, busy)
     return replace(
         found,
-        seconds=float(max(each.sum() / busy, each.max())) + START,
+        seconds=seconds,
         memory=_memory(plan, shape, left, scores_only, busy),
         disk=_disk(plan, left, scores_only),
-        basis=_basis(machine, corrections),
+        basis=_basis(machine, fits, run.notebooks, tried is not None),
         workers=busy,
+        threads=threads,
+        faster=tuple(_faster(run, shape, seconds, busy, threads, cores)) if cores else (),
     )
+
+
+def spread(plan: Plan, count: int, done: Callable[[Job], bool] | None = None) -> dict[int, Job]:
+    """``{index: job}`` of ``count`` jobs to try: from the shortest that is left to the longest.
+
+    Between them they are quantiles of the length in tokens, so that what is fitted to them holds
+    for all others; a single one is the median. ``done`` is as in ``estimate``.
+    """
+    left, _ = _left(plan, done)
+    places = np.flatnonzero(left)
+    places = places[np.lexsort((plan.units[places], plan.tokens[places]))]
+    if not len(places):
+        return {}
+    shares = np.linspace(0, 1, count) if count > 1 else np.array([0.5])
+    chosen = set(places[np.round(shares * (len(places) - 1)).astype(int)].tolist())
+    return {index: job for index, job in enumerate(plan) if index in chosen}
+
+
+def divided(
+    plan: Plan,
+    cores: int,
+    threads: int | None = None,
+    *,
+    scores_only: bool = False,
+    done: Callable[[Job], bool] | None = None,
+) -> tuple[int, int]:
+    """``(workers, threads)`` that take a plan the least time on so many ``cores``.
+
+    Each division of the cores is measured as it would be used, all workers at once, and the plan
+    estimated with that. One thread a worker is given up only for what is clearly faster, so that
+    the same machine chooses alike. As many workers as there is memory for, where ``threads`` are
+    given or an accelerator computes. ``done`` is as in ``estimate``.
+    """
+    left, _ = _left(plan, done)
+    if not left.any():
+        return 1, threads or 1
+    shape, run = model_shape(plan.model, plan.dtype), _Run(plan, left, scores_only, {})
+    most = run.most_workers(shape, cores // (threads or 1))
+    if threads or device_of_runs().type != "cpu":
+        return most, threads or 1
+    taken = {(w, t): seconds for w, t, seconds in run.divisions(shape, cores, most)}
+    best = min(taken, key=lambda pair: taken[pair])
+    return best if taken[best] < FASTER * taken[most, 1] else (most, 1)
 
 
 def long_run(
@@ -253,33 +309,187 @@ def report_work(shape: Shape, size: Size, methods: Iterable[str] = ()) -> np.nda
     return own + methods_work(shape, size, methods)
 
 
-def _seconds_of_jobs(plan, shape, machine, left, corrections):
-    """Seconds of the jobs that are left, in no order: of a report, or a share of a batch alike."""
+@dataclass(frozen=True)
+class _Run:
+    """Jobs that are left of a plan, and how far plans of such jobs were off."""
+
+    plan: Plan
+    left: np.ndarray  # bool [jobs]
+    scores_only: bool
+    fits: Mapping[str, "_Fit"]
+
+    @property
+    def notebooks(self):
+        """The names of the notebooks that would run, none for scores alone."""
+        kinds = [] if self.scores_only else np.unique(self.plan.kinds[self.left])
+        return sorted({self.plan.asked[kind][0] for kind in kinds})
+
+    def seconds(self, shape, machine, workers):
+        """Seconds on the clock until all is done by so many workers."""
+        each = _seconds_of_jobs(self.plan, shape, machine, self.left, self.scores_only)
+        each = each * _ratios(self.plan, self.left, self.scores_only, self.fits)
+        if self.scores_only:  # in parts, of which one is like another
+            parts = _tasks(len(each), True)
+            each = np.full(parts, each.sum() / parts)
+        return _last_end(each, workers) + START
+
+    def most_workers(self, shape, cores):
+        """How many workers have memory and something to do, at most one a core."""
+        one = _memory(self.plan, shape, self.left, self.scores_only, 1)
+        tasks = _tasks(int(self.left.sum()), self.scores_only)
+        return max(1, min(cores, int(ROOM * free() / max(1, one)), tasks))
+
+    def divisions(self, shape, cores, most):
+        """``(workers, threads, seconds)`` of each way to divide the cores that is worth a try."""
+        halves = (most >> times for times in range(most.bit_length()))
+        pairs = dict.fromkeys([(most, 1), *((workers, cores // workers) for workers in halves)])
+        for workers, threads in pairs:
+            machine = measure(shape, self.plan.dtype, threads, workers)
+            yield workers, threads, self.seconds(shape, machine, workers)
+
+
+def _tasks(jobs, scores_only):
+    """How many pieces of work so many jobs are."""
+    return math.ceil(jobs / PART) if scores_only else jobs
+
+
+def _last_end(each, workers):
+    """Seconds until all are done, each taken in its turn by the worker that is free first."""
+    many = each[:-LAST].sum() / workers  # of which the end hardly matters
+    free_at = [many] * workers
+    for seconds in each[-LAST:].tolist():
+        heapq.heapreplace(free_at, free_at[0] + seconds)
+    return float(max(free_at))
+
+
+def _seconds_of_jobs(plan, shape, machine, left, scores_only):
+    """Seconds of the jobs left, in their order: of a report, or a share of a batch alike."""
 
     @cache
     def of(kind, size, count):
-        notebook, methods = plan.asked[kind]
-        if notebook in corrections:
-            return _report_seconds(shape, machine, size, methods) * corrections[notebook][0]
+        methods = plan.asked[kind][1]
+        if not scores_only:
+            return _report_seconds(shape, machine, size, methods)
         together = methods_work(shape, size, methods or DEFAULT_METHODS, count)
         return machine.seconds(together, shape) / count
 
     windows = np.arange(left.sum()) // WINDOW  # as many as are sorted by length together
     facts = [known[left] for known in (plan.kinds, plan.tokens, plan.units, plan.outputs)]
-    alike, counts = np.unique([windows, *facts], axis=1, return_counts=True)
+    alike, place, counts = np.unique(
+        [windows, *facts], axis=1, return_inverse=True, return_counts=True
+    )
     columns = zip(alike.T.tolist(), counts.tolist(), strict=True)
     taken = [of(kind, Size(*size), count) for (_, kind, *size), count in columns]
-    return np.repeat(taken, counts)
+    return np.array(taken)[place.ravel()]
 
 
-def _basis(machine, corrections):
+def _in_words(workers, threads):
+    """So many workers of so many threads."""
+    of = "" if threads == 1 else f" of {counted(threads, 'thread')}"
+    return f"{counted(workers, 'worker')}{of}"
+
+
+def _faster(run, shape, seconds, workers, threads, cores):
+    """A sentence on the fastest other division of the cores, and on half precision."""
+    if device_of_runs().type != "cpu":
+        return
+    most = run.most_workers(shape, cores)
+    taken = {(w, t): s for w, t, s in run.divisions(shape, cores, most)}
+    best = min(taken, key=lambda pair: taken[pair])
+    if best != (workers, threads) and taken[best] < FASTER * seconds:
+        times = f"about {taken[best] / seconds:.2g} times as long"
+        option = "--workers {} --threads {}".format(*best)
+        yield f"{_in_words(*best)} ({option}), {times} by the rates that they have here."
+    if run.plan.dtype == "float32":
+        half = replace(shape, itemsize=2)
+        machine = measure(half, "bfloat16", threads, workers)
+        ratio = run.seconds(half, machine, workers) / seconds
+        if ratio < FASTER:
+            yield (
+                f"--dtype bfloat16, about {ratio:.2g} times as long by the rates that it has here; "
+                "its scores have fewer right digits (14_precision)."
+            )
+
+
+# --- what was taken before ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What some jobs took, over what was planned for them: a ratio for each length in tokens."""
+
+    tokens: np.ndarray
+    ratios: np.ndarray
+    mean: float
+    count: int
+
+    @classmethod
+    def of(cls, tokens, took, planned):
+        lengths, place = np.unique(tokens, return_inverse=True)
+        ratios = np.bincount(place, took) / np.bincount(place, planned)
+        return cls(lengths, ratios, sum(took) / sum(planned), len(tokens))
+
+
+def _ratios(plan, left, scores_only, fits):
+    """By what the seconds of each job that is left are multiplied, [jobs]."""
+    tokens, kinds = plan.tokens[left], plan.kinds[left]
+    found = np.ones(len(tokens))
+    for kind, (notebook, _) in enumerate(plan.asked):
+        fit = fits.get("" if scores_only else notebook)
+        if fit is not None:
+            of = kinds == kind
+            found[of] = np.interp(tokens[of], fit.tokens, fit.ratios)
+    return found
+
+
+def _fits(run, shape, machine, out, tried):
+    """``{notebook: _Fit}`` where there is one; for scores alone the name is empty.
+
+    The fits to what the jobs of a trial took, however few they are, or to finished reports.
+    """
+    if tried is None:
+        rows = {name: _finished(run.plan, shape, machine, name, out) for name in run.notebooks}
+        rows = {name: some for name, some in rows.items() if len(some) >= ENOUGH}
+    else:
+        rows = _trial(run.plan, shape, machine, run.scores_only, out, tried)
+    return {name: _Fit.of(*zip(*some, strict=True)) for name, some in rows.items()}
+
+
+def _trial(plan, shape, machine, scores_only, out, tried):
+    """``{notebook: [(tokens, took, planned), …]}`` of the jobs that were tried."""
+    chosen = np.isin(np.arange(len(plan)), list(tried))
+    planned = _seconds_of_jobs(plan, shape, machine, chosen, scores_only)
+    if scores_only:
+        spent = seconds_of(out, [job.identity for job in tried.values()])
+        took = {index: spent.get(job.identity) for index, job in tried.items()}
+    else:
+        took = {index: _took(job, out) for index, job in tried.items()}
+    rows: dict[str, list] = {}
+    for index, seconds in zip(np.flatnonzero(chosen).tolist(), planned.tolist(), strict=True):
+        if took[index] is not None:
+            name = "" if scores_only else plan.asked[plan.kinds[index]][0]
+            rows.setdefault(name, []).append((plan.tokens[index], took[index], seconds))
+    return rows
+
+
+def _took(job, out):
+    """The seconds of a report that is there and has no error, else ``None``."""
+    facts = read_mapping(Path(out, job.slug, "report.json"))
+    return facts["seconds"] if finished(job, out) else None
+
+
+def _basis(machine, fits, notebooks, tried):
     """What the seconds rest on, in words."""
     basis = [rates_in_words(machine)]
-    for notebook, (factor, reports) in corrections.items():
-        if reports:
-            took = f"by what {counted(reports, 'report')} of it took"
-            basis.append(f"Times {factor:.2f} for {notebook}, {took}.")
-        elif notebook != DEFAULT_NOTEBOOK:
+    for notebook, fit in fits.items():
+        of = f" for {notebook}" if notebook else ""
+        things = counted(fit.count, "report" if notebook else "prompt")
+        when = " just now" if tried else ""
+        lengths = " to ".join(f"{n:,}" for n in dict.fromkeys([fit.tokens[0], fit.tokens[-1]]))
+        took = f"by what {things} of {lengths} tokens took{when}"
+        basis.append(f"Times {fit.mean:.2f} in the mean{of}, {took}.")
+    for notebook in notebooks:
+        if notebook not in (*fits, DEFAULT_NOTEBOOK):
             until = f"until {ENOUGH} of its reports are finished"
             basis.append(f"{notebook} is counted as {DEFAULT_NOTEBOOK}, {until}.")
     return " ".join(basis)
@@ -290,10 +500,9 @@ def _report_seconds(shape, machine, size, methods):
     return FIXED[0] + FIXED[1] * size.units + took
 
 
-def _correction(plan, shape, machine, notebook, out):
-    """``(factor, reports)``: measured seconds over planned ones, of the reports in ``out``."""
-    took, planned, count = 0.0, 0.0, 0
-    alike = [notebook, public_name(plan.model), None]
+def _finished(plan, shape, machine, notebook, out):
+    """``[(tokens, took, planned), …]`` of the reports of a notebook in ``out``."""
+    alike, rows = [notebook, public_name(plan.model), None], []
     folders = Path(out).glob("*/report.json") if out is not None else ()
     for file in islice(folders, LOOKED_AT):
         facts = read_mapping(file)
@@ -304,9 +513,9 @@ def _correction(plan, shape, machine, notebook, out):
             size = Size(tokens, int(facts.get("units") or tokens))
         except (ValueError, KeyError, TypeError):
             continue
-        took, count = took + seconds, count + 1
-        planned += _report_seconds(shape, machine, size, _methods_of(file.parent))
-    return (took / planned, count) if count >= ENOUGH else (1.0, 0)
+        planned = _report_seconds(shape, machine, size, _methods_of(file.parent))
+        rows.append((tokens, seconds, planned))
+    return rows
 
 
 def _methods_of(folder):

@@ -71,8 +71,7 @@ def run_report(
     out = Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     source = source or report_source(job.notebook)
-    started, attempt, starts, died = time.perf_counter(), 0, 0, True
-    clock = _clock(timeout)
+    attempt, starts, died, clock = 0, 0, True, _Clock(timeout)
     while died:
         with tempfile.TemporaryDirectory(
             prefix=UNFINISHED, dir=out, ignore_cleanup_errors=True
@@ -87,8 +86,7 @@ def run_report(
                 if error is TOO_LONG:
                     error = TOO_LONG.format(timeout)
                 error = _settle(work) or error
-                seconds = time.perf_counter() - started
-                return _finish(work, out, job, model, error, attempt, seconds)
+                return _finish(work, out, job, model, error, attempt, clock)
             except _NotStarted as failure:
                 starts += 1
                 error, died = str(failure), starts < STARTS
@@ -107,19 +105,22 @@ def keep_failure(job: Job, out: Path, model: str, error: str) -> dict[str, Any]:
         return _finish(Path(name), out, job, model, error)
 
 
-def _clock(timeout):
-    """What gives a cell the seconds that are left of ``timeout``, from the first cell on.
+class _Clock:
+    """The seconds of a report, from its first cell on; called, those that a cell may still take.
 
     What comes before, such as loading the model for all kernels, is no matter of one report.
     """
-    deadline = None
 
-    def left(cell):
-        nonlocal deadline
-        deadline = deadline or time.monotonic() + timeout
-        return max(0.1, deadline - time.monotonic())  # 0 would be no limit
+    def __init__(self, timeout):
+        self.timeout, self.began = timeout, None
 
-    return left
+    def __call__(self, cell):
+        self.began = self.began or time.monotonic()
+        return max(0.1, self.timeout - self.seconds)  # 0 would be no limit
+
+    @property
+    def seconds(self):
+        return 0.0 if self.began is None else time.monotonic() - self.began
 
 
 class _NotStarted(Exception):
@@ -185,10 +186,11 @@ def _settle(work):
     return f"What the notebook left cannot be kept: {', and '.join(wrong)}." if wrong else None
 
 
-def _finish(work, out, job, model, error, attempts=ATTEMPTS, seconds=0.0):
+def _finish(work, out, job, model, error, attempts=ATTEMPTS, clock=None):
     """Complete a report's folder and move it to ``out``; returns its facts.
 
-    Figures get a folder of their own, and nothing private is left.
+    ``clock`` is that of the report, if it had one, and goes on until the page is
+    written. Figures get a folder of their own, and nothing private is left.
     """
     figures = work / "figures"
     figures.mkdir(exist_ok=True)
@@ -209,7 +211,7 @@ def _finish(work, out, job, model, error, attempts=ATTEMPTS, seconds=0.0):
         "units": job.units,
         "error": error and error[:2000],
         "attempts": attempts,
-        "seconds": round(seconds, 2),
+        "seconds": 0.0,
     }
     told = read_mapping(work / "summary.json")  # of a notebook that has come so far
     facts = {name: told[name] for name in SUMMARY if name in told} | facts
@@ -219,6 +221,7 @@ def _finish(work, out, job, model, error, attempts=ATTEMPTS, seconds=0.0):
     _clean(notebook, hidden, facts)
     nbformat.write(notebook, work / "report.ipynb")
     (work / "report.html").write_text(report_page(notebook, facts), encoding="utf-8")
+    facts["seconds"] = round(clock.seconds, 2) if clock else 0.0
     (work / "report.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     hidden.clean(work)
     move_into_place(work, out / job.slug)

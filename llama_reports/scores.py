@@ -137,6 +137,16 @@ def finished_ids(out: str | Path, carried: Iterable[str] | None = None) -> set[s
     return found
 
 
+def seconds_of(out: str | Path, ids: Sequence[str]) -> dict[str, float]:
+    """``{id: seconds}`` of those of ``ids`` that are done in ``out``: all methods together."""
+    found: dict[str, float] = {}
+    for file in sorted(Path(out).glob("evidence/method=*/part-*.parquet")):
+        columns = {"columns": ["id", "seconds"], "filters": [("id", "in", list(ids))]}
+        for row in pq.read_table(file, partitioning=None, **columns).to_pylist():
+            found[row["id"]] = found.get(row["id"], 0.0) + row["seconds"]
+    return found
+
+
 def discard_unfinished(out: str | Path) -> None:
     """Remove what a killed run left in ``out``: files of parts that have no row in ``prompts``.
 

@@ -45,10 +45,12 @@ from llama_reports.estimate import (
     HOUR,
     PROCESS,
     START,
+    divided,
     estimate,
     long_run,
     refuse_what_does_not_fit,
     report_work,
+    spread,
 )
 from llama_reports.jobs import plan
 
@@ -328,6 +330,176 @@ def test_what_reports_took_corrects_the_estimate(planned, tmp_path):
     for changed in ({"model": "other"}, {"notebook": "other"}, {"error": "x"}, {"tokens": None}):
         report(out, some[0], seconds=3 * each, **changed)
         assert "by what" not in estimate(jobs, out, machine=MACHINE).basis
+
+
+def test_a_run_ends_with_the_worker_that_ends_last(planned):
+    one, three, four = (
+        estimate(planned(*(f"number {i}" for i in range(count))), machine=MACHINE, workers=2)
+        for count in (1, 3, 4)
+    )
+    assert three.seconds == pytest.approx(
+        four.seconds
+    )  # two workers, two reports one after another
+    assert three.seconds - START == pytest.approx(2 * (one.seconds - START))
+
+
+# --- a trial -----------------------------------------------------------------------------------
+
+
+def test_a_trial_goes_from_the_shortest_to_the_longest_of_what_is_left(planned):
+    jobs = planned(*["ab" * n for n in (9, 1, 5, 3, 7, 2, 8, 4, 6)])
+
+    def lengths(count, done=None):
+        return sorted(job.tokens // 2 for job in spread(jobs, count, done).values())
+
+    assert lengths(1) == [5] and lengths(2) == [1, 9] and lengths(3) == [1, 5, 9]
+    assert lengths(5) == [1, 3, 5, 7, 9] and lengths(100) == list(range(1, 10))
+    assert lengths(2, lambda job: job.tokens in (2, 18)) == [2, 8]
+    assert spread(jobs, 3, lambda job: True) == {}
+    assert {jobs.tokens[index] for index in spread(jobs, 3)} == {2, 10, 18}
+
+
+def test_the_estimate_is_fitted_to_what_was_tried_between_the_lengths(planned, tmp_path):
+    out = tmp_path / "out"
+    jobs = planned(*["ab" * n for n in (1, 10, 19, 20, 40)])
+    tried = {index: job for index, job in enumerate(jobs) if job.tokens in (2, 40, 80)}
+    (alone,) = (
+        estimate(jobs, machine=MACHINE, done=lambda job, n=n: job.tokens != n).seconds - START
+        for n in (20,)
+    )
+    for job, times in zip(tried.values(), (2, 3, 9), strict=True):
+        done = lambda other, own=job.slug: other.slug != own  # noqa: E731
+        planned_for_it = estimate(jobs, machine=MACHINE, done=done).seconds - START
+        report(out, job, seconds=times * planned_for_it)
+    left = estimate(jobs, out, machine=MACHINE, tried=tried, done=lambda job: job.tokens != 20)
+    times = 2 + (20 - 2) / (40 - 2)  # between the two next to it
+    assert left.seconds - START == pytest.approx(times * alone, rel=1e-4)
+    assert "3 reports of 2 to 80 tokens took just now" in left.basis
+    (one,) = [{index: job} for index, job in tried.items() if job.tokens == 40]
+    left = estimate(jobs, out, machine=MACHINE, tried=one, done=lambda job: job.tokens != 20)
+    assert left.seconds - START == pytest.approx(3 * alone, rel=1e-4)
+    assert "1 report of 40 tokens took just now" in left.basis
+    report(out, *one.values(), seconds=9.0, error="it failed")
+    left = estimate(jobs, out, machine=MACHINE, tried=one, done=lambda job: job.tokens != 20)
+    assert left.seconds - START == pytest.approx(alone) and "took" not in left.basis
+
+
+def test_a_trial_without_a_dry_run_is_refused(command, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('"abc"', encoding="utf-8")
+    done = command(tmp_path / "prompts.jsonl", "--try", 3, "--out", tmp_path / "out")
+    assert done.exit_code == 2 and "add --dry-run" in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_what_was_tried_is_not_run_again(command, tmp_path, tiny_folder, quick_notebook):
+    prompts = [json.dumps("ab" * n) for n in (3, 9, 5)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts), encoding="utf-8")
+    out = tmp_path / "out"
+    given = [tmp_path / "prompts.jsonl", "--out", out, "--model", tiny_folder]
+    given += ["--notebook", quick_notebook()]
+    tried = command(*given, "--dry-run", "--try", 2)
+    assert tried.exit_code == 0, tried.stderr
+    assert "Tried: 2 prompts of 6 to 18 tokens" in tried.stdout
+    assert "1 report would run:\n  ababababab\n2 finished before" in tried.stdout
+    assert "quick, by what 2 reports of 6 to 18 tokens took just now" in tried.stdout
+    made = {file: file.stat().st_mtime_ns for file in out.glob("*/report.json")}
+    assert {file.parent.name for file in made} == {"ab" * 3, "ab" * 9}
+    assert "1 of 1 reports done" in command(*given).stdout
+    assert made.items() <= {f: f.stat().st_mtime_ns for f in out.glob("*/report.json")}.items()
+    again = command(*given, "--dry-run", "--try", 2)
+    assert again.exit_code == 0 and "0 reports would run.\n3 finished" in again.stdout
+
+
+def test_scores_are_tried_as_a_part(command, tmp_path, tiny_folder):
+    prompts = [json.dumps("ab" * n) for n in range(1, 8)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts), encoding="utf-8")
+    out = tmp_path / "out"
+    given = [tmp_path / "prompts.jsonl", "--out", out, "--model", tiny_folder, "--scores-only"]
+    tried = command(*given, "--dry-run", "--try", 3)
+    assert tried.exit_code == 0, tried.stderr
+    assert "4 prompts would run:" in tried.stdout and "3 finished before" in tried.stdout
+    assert "by what 3 prompts of 2 to 14 tokens took just now" in tried.stdout
+    (part,) = out.glob("prompts/*.parquet")
+    before = part.stat().st_mtime_ns
+    assert "4 of 4 prompts done, 0 failed, 3 finished before" in command(*given).stdout
+    assert part.stat().st_mtime_ns == before and len(list(out.glob("prompts/*.parquet"))) == 2
+
+
+# --- workers and threads -----------------------------------------------------------------------
+
+
+def of_rates(threads_help, workers_hinder):
+    """A stand-in for ``measure``: how rates change with threads, and with workers beside one."""
+
+    def measured(shape, dtype="float32", threads=1, workers=1):
+        times = threads**threads_help / workers**workers_hinder
+        rates = (MACHINE.flops, MACHINE.bandwidth, 1 / MACHINE.overhead, MACHINE.near, MACHINE.far)
+        flops, bandwidth, layers, near, far = (times * rate / 1e5 for rate in rates)
+        half = 3 if dtype == "bfloat16" else 1
+        return Machine(half * flops, bandwidth, 1 / layers, near, far)
+
+    return measured
+
+
+@pytest.mark.parametrize(
+    "threads_help, workers_hinder, jobs, chosen",
+    [
+        (0.5, 0.0, 8, (4, 1)),  # workers do not hinder each other
+        (1.0, 1.0, 8, (1, 4)),  # four of them are as slow as one
+        (1.0, 1.0, 1, (1, 4)),
+        (0.0, 0.0, 1, (1, 1)),  # threads do not help
+        (1.0, 0.0, 2, (2, 2)),  # no more workers than reports, but all cores
+        (1.0, 0.05, 8, (4, 1)),  # too little faster to give up one thread each
+    ],
+)
+def test_workers_and_threads_are_those_that_take_the_least_time(
+    planned, monkeypatch, threads_help, workers_hinder, jobs, chosen
+):
+    monkeypatch.setattr("llama_reports.estimate.measure", of_rates(threads_help, workers_hinder))
+    jobs = planned(*(f"number {i}" for i in range(jobs)))
+    assert divided(jobs, 4) == chosen
+    assert divided(jobs, 4, 1) == (min(4, len(jobs)), 1)  # given threads are obeyed
+    assert divided(jobs, 4, 3) == (1, 3) and divided(jobs, 4, 8) == (1, 8)
+    assert divided(jobs, 4, done=lambda job: True) == (1, 1)
+
+
+def test_no_more_workers_than_there_is_memory_for(planned, monkeypatch, free):
+    monkeypatch.setattr("llama_reports.estimate.measure", of_rates(1.0, 0.0))
+    jobs = planned(*(f"number {i}" for i in range(8)))
+    free(int(2.5 * estimate(jobs, machine=MACHINE).memory))
+    assert divided(jobs, 4) == (2, 2)
+
+
+def test_a_part_of_scores_is_one_workers(planned, monkeypatch):
+    monkeypatch.setattr("llama_reports.estimate.measure", of_rates(1.0, 1.0))
+    jobs = planned(*(f"number {i}" for i in range(8)), folders=False)
+    assert divided(jobs, 4, scores_only=True) == (1, 4)
+    assert estimate(jobs, machine=MACHINE, workers=4, scores_only=True).workers == 1
+
+
+def test_what_would_be_faster_is_told_with_by_how_much(planned, monkeypatch):
+    monkeypatch.setattr("llama_reports.estimate.measure", of_rates(1.0, 1.0))
+    jobs = planned(*(f"number {i}" for i in range(8)))
+    told = estimate(jobs, workers=4, cores=4)
+    workers, dtype = told.faster
+    assert workers.startswith("1 worker of 4 threads (--workers 1 --threads 4), about 0.")
+    assert dtype.startswith("--dtype bfloat16, about 0.") and "Faster: --dtype" in told.text
+    best = estimate(jobs, threads=4, cores=4)
+    ratio = best.seconds / told.seconds
+    assert f"about {ratio:.2g} times as long" in workers
+    assert [line.split(",")[0] for line in best.faster] == ["--dtype bfloat16"]
+    assert "with 1 worker of 4 threads;" in best.text
+    assert estimate(jobs, workers=4).faster == ()  # where nobody asks
+    monkeypatch.setattr("llama_reports.estimate.measure", lambda *given: MACHINE)
+    assert estimate(jobs, workers=4, cores=4).faster == ()
+
+
+def test_workers_that_compute_at_once_are_measured_and_torch_left_as_it_was(shape):
+    before = torch.get_num_threads()
+    for threads, workers in ((1, 2), (2, 1), (2, 2)):
+        machine = measure(shape, threads=threads, workers=workers)
+        rates = (machine.flops, machine.bandwidth, machine.overhead, machine.near, machine.far)
+        assert min(rates) > 0 and torch.get_num_threads() == before
 
 
 def test_the_text_names_ten_and_counts_the_rest(planned):
