@@ -1,9 +1,11 @@
-# make report, make test and make lab each do all the set-up first: a virtual environment in .venv,
-# the exact packages of requirements.lock, and the bundled model in the user's cache folder.
+# make report, make test and make lab each do the set-up first: a virtual environment in .venv, the
+# exact packages of requirements.lock, and the bundled model in the user's cache folder. Of the packages
+# make report installs those that a report needs; what else is made completes the same environment.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
+WHOLE := .venv/whole
 PROMPTS ?= notebooks/prompts.yml
 OUT ?= outputs/reports
 # Workers for the tests. Two torch processes with two threads each crawl, so each gets one thread.
@@ -30,9 +32,12 @@ help:
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)"
-	$(BIN)/python -m pip install --quiet -r requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[reports]"
 	touch $(READY)
+
+$(WHOLE): $(READY)
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	touch $(WHOLE)
 
 model: $(READY)
 	@$(BIN)/python -m helpers.models
@@ -44,37 +49,37 @@ report: $(READY)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
 	--nbval --nbval-sanitize-with tests/notebooks/nbval_sanitize.cfg --nbval-kernel-startup-timeout 600
 
-test: model
+test: $(WHOLE) model
 	$(PYTEST)
 
 # The same sums in another order: torch, MKL and oneDNN without the wide registers of this machine.
 # A few minutes' worth of notebooks and of tests that compare numbers.
 OTHER_CPU := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
 NUMERIC := attribution decompositions relevance patching ground_truth
-test-other-cpu: model
+test-other-cpu: $(WHOLE) model
 	$(OTHER_CPU) $(PYTEST) notebooks/02_*.ipynb notebooks/03_*.ipynb notebooks/04_*.ipynb \
 		$(NUMERIC:%=tests/helpers/test_%.py)
 
 # Families x methods and checkpoints x methods, on small models: a few minutes. The table is printed
 # at the end and kept in outputs/models.md.
-models: model
+models: $(WHOLE) model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -p tests.matrix \
 		tests/helpers/test_architectures.py tests/helpers/test_checkpoints.py
 
 # For the night: folders and .gguf files, one process each.
-hostile: model
+hostile: $(WHOLE) model
 	HOSTILE=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/helpers/test_hostile.py
 
-lint: $(READY)
+lint: $(WHOLE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/mypy
 
-lab: model
+lab: $(WHOLE) model
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
-figures: model
+figures: $(WHOLE) model
 	@for notebook in notebooks/*.ipynb; do \
 		name=$$(basename $$notebook .ipynb); mkdir -p outputs/figures/$$name; \
 		echo "$$name"; \
@@ -92,7 +97,7 @@ $(INSEQ)/ready: benchmarks/peers/inseq-requirements.txt
 
 # The first keeps the machine to itself for twenty minutes; the second can be interrupted. SHAPIQ=
 # is the python of an environment with benchmarks/peers/shapiq-requirements.txt, from 3.12.
-bench: model $(INSEQ)/ready
+bench: $(WHOLE) model $(INSEQ)/ready
 	$(BIN)/python benchmarks/reports.py
 	$(BIN)/python benchmarks/reports.py --killed
 	$(BIN)/python benchmarks/reports.py --make
@@ -110,11 +115,11 @@ bench: model $(INSEQ)/ready
 # As many processes as cores. Finished prompts are kept in outputs/evidence/parts. Writes a verdict, a
 # table and a figure into outputs/evidence/<name of the model>; of the bundled model also the table
 # that the notebooks read, the summary in benchmarks/results.md, README's table and docs/evidence.png.
-evidence: model
+evidence: $(WHOLE) model
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evidence.py $(if $(MODEL),--model "$(MODEL)")
 
 # One thread, as in the tests: sums in another order differ in their last digits.
-execute: model
+execute: $(WHOLE) model
 	OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN \
 		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
@@ -122,7 +127,7 @@ execute: model
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)"
-	.venv-lock/bin/python -m pip install --quiet ".[reports,test]"
+	.venv-lock/bin/python -m pip install --quiet ".[reports,lab,test]"
 	( echo "# Written by make lock: the exact set the tests pass with."; \
 	  .venv-lock/bin/python -m pip freeze --exclude llama-notebooks | sed 's/+cpu$$//' ) > requirements.lock
 	( echo "# Written by make lock: the same set as requirements.lock, for conda users."; \

@@ -60,7 +60,6 @@ def _get_ready(model, dtype):
     import matplotlib.pyplot  # noqa: F401
     import matplotlib_inline.backend_inline  # noqa: F401
     import pandas  # noqa: F401
-    import seaborn  # noqa: F401
     from ipykernel import debugger, kernelapp  # noqa: F401
 
     from helpers import attribution, faithfulness, ground_truth, patching, provenance, summary  # noqa: F401

@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from importlib.metadata import PackageNotFoundError, requires
 from itertools import chain
 from pathlib import Path
 
@@ -53,7 +54,32 @@ def test_environment_yml_repeats_the_lock_pin_by_pin():
 
 def test_make_lock_installs_every_extra():
     rule = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert set(re.search(r'"\.\[(.+)\]"', rule)[1].split(",")) == set(EXTRAS)
+    assert set(re.search(r'quiet "\.\[(.+)\]"', rule)[1].split(",")) == set(EXTRAS)
+
+
+def drawn_in(lines):
+    """What these requirements draw in, and what that does; torch's are a matter of its build."""
+    found, todo = set(), [Requirement(line) for line in lines]
+    while todo:
+        asked = todo.pop()
+        name = name_of(asked)
+        if (name, *sorted(asked.extras)) in found:
+            continue
+        found.add((name, *sorted(asked.extras)))
+        try:
+            more = [] if name == "torch" else map(Requirement, requires(asked.name) or [])
+        except PackageNotFoundError:  # not for this platform
+            continue
+        extras = [{"extra": extra} for extra in ("", *asked.extras)]
+        todo += [one for one in more if not one.marker or any(map(one.marker.evaluate, extras))]
+    return {name for name, *_ in found}
+
+
+def test_what_make_report_installs_is_pinned_and_none_of_it_is_for_tests_or_the_lab():
+    needed = drawn_in([*PROJECT["dependencies"], *EXTRAS["reports"]])
+    assert len(needed) > 50 and needed <= set(locked()[0])
+    beside = {name_of(Requirement(line)) for line in (*EXTRAS["lab"], *EXTRAS["test"])}
+    assert needed & beside == {"packaging", "pillow"}  # which others draw in
 
 
 # --- what is imported is asked for -------------------------------------------------------------
