@@ -88,14 +88,14 @@ class CheckedFile:
         table = self._file.read(columns=list(SIZES))
         self.sizes = [np.asarray(table[name], np.uint32) for name in SIZES]
 
-    def __iter__(self) -> Iterator[tuple[Row, Entry]]:
+    def __iter__(self) -> Iterator[tuple[Row, Entry, dict[str, Any]]]:
+        """Each row, its entry, and what that carries."""
         columns = ["number", "line", "entry", "carried"]
         for batch in self._file.iter_batches(ROWS, columns=columns):
             for row in batch.to_pylist():
                 said = json.loads(row["entry"])
-                entry = Entry.model_construct(**said)
-                entry.carried.update(json.loads(row["carried"]))
-                yield Row(self._name, row["number"], row["line"], said, entry), entry
+                place = Row(self._name, row["number"], row["line"], said)
+                yield place, Entry.model_construct(**said), json.loads(row["carried"])
 
     def keep(self, out: Path) -> None:
         """Write the file to ``out``, a folder that is made where there is none."""

@@ -185,7 +185,7 @@ class Plan:
         levels, bad = array("B"), Complaints(self.path)
         if not self._folders:
             return array("B", bytes(len(self)))
-        for row, entry in self._kept:
+        for row, entry, _ in self._kept:
             try:
                 levels.append(taken.level(entry, self._ask(entry)[2], row))
             except InputError as error:
@@ -197,7 +197,7 @@ class Plan:
         return len(self.tokens)
 
     def __iter__(self) -> Iterator[Job]:
-        for read, (_, entry) in enumerate(self._kept):
+        for read, (_, entry, carried) in enumerate(self._kept):
             level = self._levels[read]
             source, parameters, question = self._ask(entry)
             yield Job(
@@ -210,7 +210,7 @@ class Plan:
                 tokens=int(self.tokens[read]),
                 units=int(self.units[read]),
                 model_digest=self.model_digest,
-                meta={name: entry.carried.get(name) for name in self.carried},
+                meta={name: carried.get(name) for name in self.carried},
             )
 
     def _ask(self, entry: Entry) -> tuple[Path, dict, str]:

@@ -1080,7 +1080,7 @@ def test_identity_changes_with_all_that_a_report_depends_on(planned, tmp_path, m
     cells.cells.append(nbformat.v4.new_code_cell("1 + 1"))
     nbformat.write(cells, tmp_path / "report.ipynb")
     answered = [one(notebook=str(tmp_path / "report.ipynb")), one(dtype="bfloat16")]
-    monkeypatch.setattr(jobs_module, "code_version", lambda: "another")
+    monkeypatch.setattr(jobs_module, "code_version", lambda *_: "another")
     answered.append(one())
     monkeypatch.setattr(jobs_module, "model_digest", lambda name: "another")
     answered.append(one())
