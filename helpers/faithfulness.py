@@ -22,6 +22,7 @@ from helpers.attribution import Attribution, asking, attribute
 from helpers.attribution.engine import working_precision
 from helpers.attribution.perturbation import all_subsets, average_gains, coalition_values
 from helpers.errors import InputError
+from helpers.progress import progress
 from helpers.questions import Question
 
 EVIDENCE = Path(__file__).resolve().parent / "data" / "evidence.parquet"
@@ -90,7 +91,9 @@ def erasure_curves(
             _, (values,) = coalition_values(asked, [variants], replacement)
         return values[:, 0].cpu()
 
-    values = {name: run(name) for name in {question.objective, "log_probability"}}
+    objectives = {question.objective, "log_probability"}
+    with progress("erasing", len(objectives) * (len(variants) + 1)):
+        values = {name: run(name) for name in objectives}
     logs = values["log_probability"]
     probabilities = logs.exp() if question.foil is None else logs.sigmoid()
     both = torch.stack([values[question.objective], probabilities], dim=-1)[place]
@@ -244,7 +247,7 @@ def erasure_limit(
             "group them, for example by units='words'."
         )
     kept = all_subsets(units)  # [2**units, units]
-    with asking(model, [question]) as asked:
+    with progress("erasing", len(kept) + 1), asking(model, [question]) as asked:
         _, (values,) = coalition_values(asked, [kept], replacement)
     gain = (values[:, 0] - values[:, 0].flip(0)).double().cpu().numpy()  # only these, minus without
     size = kept.sum(dim=1).numpy()

@@ -23,6 +23,7 @@ import torch
 import yaml
 
 from helpers.errors import InputError
+from helpers.progress import bar
 from helpers.questions import Question, completed, read_facts, read_question
 
 DATA = Path(__file__).parent / "data" / "ground_truth.yml"
@@ -182,7 +183,7 @@ def solved(
     is above zero and that of the second below. A model that gets only one of the two right need
     not have looked at the evidence. ``units`` is as in ``Case.asked``.
     """
-    for start in range(0, len(cases), CASES_PER_PASS):
+    for start in bar("solved", range(0, len(cases), CASES_PER_PASS), unit="pass"):
         usable: list[Any] = []  # (case, question, counterfactual question)
         for case in cases[start : start + CASES_PER_PASS]:
             answers = case.answer_ids(tokenizer)

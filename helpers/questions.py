@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from helpers.errors import InputError
+from helpers.progress import advance, progress
 from helpers.prompts import (
     FINE,
     Prompt,
@@ -421,9 +422,10 @@ def greedy_answer(model: Any, input_ids: torch.Tensor, most: int, ends: set[int]
     """
     written: list[int] = []
     step, past = input_ids, None
-    with torch.inference_mode(), float32_logits(model):
+    with torch.inference_mode(), float32_logits(model), progress("answer", most):
         while len(written) < most and not ends & set(written[-1:]):
             output = model(step, past_key_values=past, use_cache=True, logits_to_keep=1)
+            advance(1)
             past = getattr(output, "past_key_values", None)
             written.append(int(output.logits[0, -1].float().argmax()))
             step = step.new_tensor([written[-1:]])

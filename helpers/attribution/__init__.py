@@ -42,6 +42,7 @@ from helpers.attribution.path import (
 from helpers.attribution.perturbation import average_gains, interactions
 from helpers.attribution.result import Attribution, attribution, attributions, completeness_gap
 from helpers.errors import InputError
+from helpers.progress import progress
 from helpers.questions import OBJECTIVES, Question, ask_of, completed, in_half_precision
 
 __all__ = [
@@ -148,6 +149,7 @@ def attribute_all(
     run in the same report, and not here.
 
     ``seconds`` is a pass's time shared evenly among its rows, and among the methods that read it.
+    What takes longer than two seconds has a bar where somebody sees it: see ``helpers.progress``.
 
     Raises ``InputError``, before anything is run, for an unknown method or option and for a method
     that does not support this model; and for numbers that are not finite.
@@ -176,6 +178,7 @@ def _attribute_held(model, questions, wanted, each, budget, beside=(), decided=F
     questions = [_settled(model, question) for question in questions]
     found: dict[int, tuple[Question, dict[str, Attribution]]] = {}
     groups: dict[Any, tuple[dict, list[int]]] = {}
+    rows = 0.0
     for place, question in enumerate(questions):
         if decided and question.target is None:  # its foil is the model's own next token
             found[place] = question, {}
@@ -184,20 +187,28 @@ def _attribute_held(model, questions, wanted, each, budget, beside=(), decided=F
         options = _options_of(question, sum(shape.lengths), wanted, budget, beside)
         key = shape, repr(options) if budget else ""
         groups.setdefault(key, (options, []))[1].append(place)
+        rows += _rows(len(question.units), sum(shape.lengths), options)
     plain = plain_output_layer(model) is not None
-    for (shape, _), (options, places) in groups.items():
+    with progress(", ".join(wanted), rows):
+        for (shape, _), (options, places) in groups.items():
 
-        def run(some, options=options):
-            return _run(model, [questions[place] for place in some], options, each)
+            def run(some, options=options):
+                return _run(model, [questions[place] for place in some], options, each)
 
-        room = len(shape.lengths) * max(shape.lengths)
-        if "relevance" in options and options.keys() & {"saliency", "gradient_x_input"}:
-            room *= 2  # two ways back keep most of what two passes would
-        # of all the vocabulary's logits, where the output layer is no plain matrix
-        most = None if plain else vocabularies_at_once(model, len(shape.places))
-        done = chain(*in_batches(model, run, places, room, most))
-        found.update(zip(places, done, strict=True))
+            room = len(shape.lengths) * max(shape.lengths)
+            if "relevance" in options and options.keys() & {"saliency", "gradient_x_input"}:
+                room *= 2  # two ways back keep most of what two passes would
+            # of all the vocabulary's logits, where the output layer is no plain matrix
+            most = None if plain else vocabularies_at_once(model, len(shape.places))
+            done = chain(*in_batches(model, run, places, room, most))
+            found.update(zip(places, done, strict=True))
     return [found[place] for place in range(len(questions))]
+
+
+def _rows(units, tokens, options):
+    """About how many rows the methods run for a question, with a gradient and without."""
+    prices = [METHODS[name].price(units, tokens, some) for name, some in options.items()]
+    return sum(price.gradients + price.forwards for price in prices)
 
 
 def _options_of(question, tokens, wanted, budget, beside):

@@ -25,6 +25,7 @@ from transformers import (
 from helpers.architectures import body_of, once_a_model, pointwise_after_last_attention, stack_of
 from helpers.errors import InputError
 from helpers.machine import free_memory, slow_precision, warn_if_slow
+from helpers.progress import advance
 from helpers.prompts import FINE, Unit
 from helpers.questions import Facts, Question, output_logits, read_facts
 
@@ -179,6 +180,7 @@ class Asked:
             logits_to_keep=keep,
             **{"use_cache": False, **options},
         )
+        advance(len(rows))
         found = self.gathered(output.logits) if self.matrix is None else output.logits
         if self.facts is None and not self.known:
             self._keep_facts(found.detach())
