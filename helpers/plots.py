@@ -2,7 +2,7 @@
 
 Signed scores use one diverging, colour-blind-safe map centred at 0, weights one sequential map.
 Sign never rests on colour alone: bars point left or right, and cells carry a number or hatching.
-Tokens are drawn as text, never as markup.
+Tokens are drawn as text, never as markup, and of a long one the beginning.
 """
 
 import io
@@ -61,7 +61,7 @@ def token_text(
     centred = {"ha": "center", "va": "center", **_literal()}
     x, y = 0.0, 0.0
     for label, score, face in zip(labels, scores, faces, strict=True):
-        text = readable(label)
+        text = _drawn(label)
         below = f"{score:+.2f}" if signed else f"{score:.2g}"
         width = max(len(text), len(below) * 0.9 if numbers else 0) + 0.8
         if x and x + width > LINE:
@@ -100,7 +100,7 @@ def token_bars(
     scores = np.asarray(scores, dtype=float)
     shown = largest(scores, most)
     place = "  ({})" if len(shown) < len(scores) else ""
-    names = [readable(labels[i]) + place.format(i) for i in shown]
+    names = [_drawn(labels[i]) + place.format(i) for i in shown]
     bars = ax.barh(
         range(len(shown)),
         scores[shown],
@@ -139,7 +139,7 @@ def token_matrix(
     share = np.abs(rows) / np.maximum(np.abs(rows).max(axis=1, keepdims=True), 1e-12)
     shown = largest(share.max(axis=0), most)
     place = " ({})" if len(shown) < rows.shape[1] else ""
-    columns = [readable(labels[i]) + place.format(i) for i in shown]
+    columns = [_drawn(labels[i]) + place.format(i) for i in shown]
     picture = _colours(rows, signed, limit)[0][:, shown]  # [len(names), columns, 4]
     ax.imshow(picture, aspect="auto")
     widest = max(len(value.format(score)) for score in rows[:, shown].flat)
@@ -148,7 +148,7 @@ def token_matrix(
     for (i, j), score in np.ndenumerate(rows[:, shown]):
         style = {"ha": "center", "va": "center", "color": _ink(picture[i, j])}
         ax.text(j, i, value.format(score), size=8, rotation=turned, **style)
-    ax.set_yticks(range(len(names)), [str(name) for name in names], **_literal())
+    ax.set_yticks(range(len(names)), [_cut(str(name), LINE) for name in names], **_literal())
     ax.set_xticks(range(len(shown)), columns, rotation=45, ha="right", **_literal())
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
@@ -169,7 +169,7 @@ def shown_units(
     rows = np.asarray(rows, dtype=float)
     hidden = np.array([unit.part == "template" and not template for unit in units], dtype=bool)
     labels = [unit.label for unit, gone in zip(units, hidden, strict=True) if not gone]
-    labels = [name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…" for name in labels]
+    labels = [_cut(name) for name in labels]
     if not hidden.any():
         return labels, rows
     summed = rows[..., hidden].sum(axis=-1, keepdims=True)
@@ -183,6 +183,15 @@ def readable(label: str) -> str:
     installed font can draw, is written as its code point, ``U+4F60``.
     """
     return "".join(_VISIBLE.get(c) or (c if _drawable(c) else f"U+{ord(c):04X}") for c in label)
+
+
+def _drawn(label):
+    """A label as it is drawn: no longer than a figure has room for."""
+    return _cut(readable(_cut(label)), LINE)  # code points take more characters
+
+
+def _cut(label, most=LONGEST):
+    return label if len(label) <= most else f"{label[: most - 1]}…"
 
 
 def largest(scores: Any, most: int) -> np.ndarray:

@@ -33,6 +33,7 @@ _LOCALE = "en@ss=standard"  # "Mr." ends no sentence; words of other scripts do 
 _TRUSTED = ("template", "answer")  # parts in which a control token is one
 SECONDS = 10  # that a template may take
 LONGEST = 10_000_000  # characters that a template may make: more than any model reads
+SHOWN = 2000  # characters of a label that people are shown
 Span = tuple[int, int]
 half_a_pair = re.compile(r"[\ud800-\udfff]").search  # of surrogates: no text can hold one
 # what is wrong with each part of a question that is read here
@@ -508,6 +509,13 @@ def continuation(tokenizer: Any, prompt: Prompt, text: str) -> tuple[list[int], 
         if both[: len(before)] == before:
             return both[len(before) :], True
     return _encoded(tokenizer, text)[0], True
+
+
+def shortened(text: str, most: int = SHOWN) -> str:
+    """``text``, or its first ``most`` characters and how many more there are."""
+    if len(text) <= most:
+        return text
+    return f"{text[:most]}… ({len(text) - most:,} more characters)"
 
 
 # --- places and units --------------------------------------------------------------------------

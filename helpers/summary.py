@@ -21,8 +21,18 @@ from helpers.attribution import METHODS, Attribution, asking, attribute, attribu
 from helpers.attribution.methods import erasure_size
 from helpers.attribution.perturbation import coalition_values
 from helpers.faithfulness import against_random
-from helpers.prompts import FINE, Unit, joined_units, prompt_units, token_labels
-from helpers.questions import Question
+from helpers.progress import progress
+from helpers.prompts import (
+    FINE,
+    SHOWN,
+    Unit,
+    decoded,
+    joined_units,
+    prompt_units,
+    shortened,
+    token_labels,
+)
+from helpers.questions import Question, greedy_answer
 from helpers.tables import NOT_WRITTEN, ranked_units, written_first
 
 TRUSTED = ("find_then_rank", "occlusion", "relevance")  # see "Which method to believe", README
@@ -34,8 +44,10 @@ BLOCKS = 20  # of sentences, in a long prompt
 STRONGEST = 3  # units that get a number
 HALVED = 0.69  # nats: the odds of the answer are half of what they were
 LONGEST = 2000  # characters of what is shown of one token of an answer
+PASSAGE = 5 * SHOWN  # characters of a unit with spaces in it
 TOKENS = 3  # of an answer without a foil; of more, each is shown by itself
 FEW = 60  # units that are coloured by amount; of more, the strongest quarter by rank
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no whole character
 STYLE = Path(__file__).parent / "data" / "summary.css"
 
 
@@ -67,6 +79,7 @@ class Summary:
     ``inside``     the words of the strongest unit, where that is a sentence or more
     ``borne_out``  ``"yes"``, ``"weak"`` or ``"no"``; ``trust`` are the sentences that say why
     ``top_units``  ``{method: labels}``, the strongest of each
+    ``character``  the one that the target ends inside of, as the model would complete it
     """
 
     question: Question
@@ -82,6 +95,7 @@ class Summary:
     each: torch.Tensor | None = None
     outputs: tuple[str, ...] = ()
     inside: "Summary | None" = None
+    character: str = ""
 
     @property
     def heading(self) -> str:
@@ -90,27 +104,35 @@ class Summary:
         if len(target) > FEW:
             return "Why this answer?"
         if foil is None:
-            return f"Why {quoted(target)}?"
+            return f"Why {self._target}?"
         alike = target.strip() == foil.strip()
-        pair = (repr(target), repr(foil)) if alike else (quoted(target), quoted(foil))
+        pair = (repr(target), repr(foil)) if alike else (self._target, quoted(foil))
         return "Why {} rather than {}?".format(*pair)
 
     @property
     def answered(self) -> str:
         """What the model goes on with, and how probable what was asked about is."""
-        question, target = self.question, quoted(self.question.target_label or "")
+        question, target = self.question, self._target
         share = f"{self._share(self.whole)}{self._of_a_token}"
         told = f"After this prompt the model goes on with {target}: {share}."
         if not question.own and question.rank == 1:
             told = f"Asked about {target}: {share}. The model itself goes on otherwise."
         elif not question.own:
             before = question.input_ids[0].tolist()
-            own = token_labels(question.tokenizer, [question.top or 0], before)[0]
+            own = decoded(question.tokenizer, [question.top or 0], before)
             goes_on = f"{quoted(own)} ({percent(question.top_probability or 0.0)})"
             told = f"Asked about {target}: {share}. The model itself goes on with {goes_on}."
         if self.whole.against is None:
             return told
         return f"{told} Had it to be one of the two: {percent(self.whole.against)}."
+
+    @property
+    def _target(self):
+        """The target in quotes; of the first bytes of a character, the whole character."""
+        label = self.question.target_label or ""
+        if self.character and not label.strip(f"{BROKEN} "):
+            return f"a part of {quoted(self.character)}"
+        return quoted(label)
 
     @property
     def _long(self):
@@ -129,14 +151,11 @@ class Summary:
     @property
     def removed(self) -> list[str]:
         """A sentence for each of the strongest units, and one for all of them together."""
-        question = self.question
-        what = f"the probability of {quoted(question.target_label or '')}"
+        foil, what = self.question.foil_label, f"the probability of {self._target}"
         if self._long:
             what = "the probability of a token of the answer"
-        if question.foil is not None:
-            what = (
-                f"{quoted(question.target_label or '')} against {quoted(question.foil_label or '')}"
-            )
+        if foil is not None:
+            what = f"{self._target} against {quoted(foil)}"
         told = []
         for found in self.without:
             names = [self._name(unit) for unit in found.units]
@@ -161,23 +180,31 @@ class Summary:
             "probability": self.question.probability,
             "method": self.method,
             "strongest": list(self.strongest),
-            "top_units": dict(self.top_units),
+            "top_units": {
+                name: [shortened(label) for label in labels]
+                for name, labels in self.top_units.items()
+            },
             "inside": [] if self.inside is None else self.inside.facts()["without"],
             "without": [
-                {"units": [self.question.units[unit].label for unit in found.units]}
+                {"units": [shortened(self.question.units[unit].label) for unit in found.units]}
                 | {"probability": math.exp(found.log_probability), "against": found.against}
                 for found in self.without
             ],
             "trust": {"borne_out": self.borne_out, "sentences": list(self.trust)},
-            "warnings": list(self.question.notes),
+            "warnings": self.notes,
         }
 
     def __repr__(self) -> str:
         lines = [self.heading, self.answered, *self.removed]
         if self.inside is not None:
             lines += [f"Inside {self._name(self.strongest[0])}:", *self.inside.removed]
-        lines += [*self.trust, *self.question.notes]
+        lines += [*self.trust, *self.notes]
         return "\n".join(lines)
+
+    @property
+    def notes(self) -> list[str]:
+        """What makes the question a weak one; of a text that is quoted there, the beginning."""
+        return [shortened(note) for note in self.question.notes]
 
     def _repr_html_(self):
         body = [
@@ -192,7 +219,7 @@ class Summary:
             *(f"<p>{html.escape(line)}</p>" for line in self._together),
             f'<p class="trust {self.borne_out}"><b>{self.verdict}</b> '
             f"{html.escape(' '.join(self.trust))}</p>",
-            *(f'<p class="warning">{html.escape(note)}</p>' for note in self.question.notes),
+            *(f'<p class="warning">{html.escape(note)}</p>' for note in self.notes),
             *self._inside_html(),
             *self._outputs_html(),
         ]
@@ -231,21 +258,40 @@ class Summary:
         return quoted(self.question.units[unit].label)
 
     def _outputs_html(self):
-        """What each token of the answer came from: a line each, which opens."""
+        """The answer as running text, in which each token opens to what it came from.
+
+        The style sheet sets the tokens in a line. Without it, they are a list with numbers.
+        """
         if self.each is None or not self._long:
             return
         yield "<h2>The answer, token by token</h2>"
-        yield "<p>Each with what it came from most; open one to see all.</p>"
-        units = self.question.units
-        labels, parts = [unit.label for unit in units], [unit.part for unit in units]
-        usable = [i for i, part in enumerate(parts) if part != "template"]
-        for output, scores in zip(self.outputs, self.each, strict=True):
-            best = sorted(usable, key=lambda i, of=scores: -float(of[i]))[:STRONGEST]
-            best = [i for i in best if scores[i] > 0]
-            came = ", ".join(f"{quoted(labels[i])} {scores[i]:+.2f}" for i in best)
-            told = f"<b>{html.escape(quoted(output))}</b> {html.escape(came or 'nothing')}"
-            text = coloured_text(labels, scores, parts, best, signed=self.signed, most=LONGEST)
-            yield f'<details><summary dir="auto">{told}</summary>{text}</details>'
+        yield (
+            '<p class="legend">Choose a token to see what it came from: words of the prompt, and '
+            "of the answer before it. At the top is what the whole answer came from.</p>"
+        )
+        tokens = map(self._output, range(len(self.outputs)))
+        yield f'<div class="answer" dir="auto">{"".join(tokens)}</div>'
+
+    def _output(self, number):
+        """One token of the answer: its text, and what it came from where it is opened."""
+        end = self.question.input_ids.shape[1] + number  # it was written after what comes before
+        units, every = self.question.units, self.each[number]
+        places = [i for i, unit in enumerate(units) if min(unit.positions) < end]
+        labels, parts = [units[i].label for i in places], [units[i].part for i in places]
+        scores = every[places]
+        usable = [i for i, part in enumerate(parts) if part != "template" and scores[i] > 0]
+        best = sorted(usable, key=lambda i: -float(scores[i]))[:STRONGEST]
+        came = ", ".join(f"{quoted(labels[i])} {scores[i]:+.2f}" for i in best)
+        came = html.escape(f"from {came or 'nothing'}")
+        output = self.outputs[number]
+        text = coloured_text(labels, scores, parts, best, signed=self.signed, most=LONGEST)
+        behind = "<br>" * output.count("\n")  # after the token, where the answer itself breaks
+        return (
+            f'<details name="answer"><summary>{html.escape(_in_line(output))}'
+            f'<span class="came"> {came}</span></summary><div class="from">'
+            f'<p dir="auto"><b>{html.escape(quoted(output))}</b> {came}</p>{text}</div></details>'
+            f"{behind}"
+        )
 
     @property
     def _each(self):
@@ -293,7 +339,12 @@ def summarise(
     whole, *found = probabilities_without(model, question, [(), *groups])
     borne_out, sentences = _trust(question, method, first, found, tested)
     coarse = question.grouping not in FINE and strongest
+    outputs, rest = result.outputs, _rest_of_character(model, question)
+    if rest:
+        ids, before = [*(question.target or ()), *rest], question.input_ids[0].tolist()
+        outputs = tuple(token_labels(question.tokenizer, ids, before)[: len(outputs)])
     return Summary(
+        character=_character(question, rest),
         inside=_inside(model, question, strongest[0], results) if coarse else None,
         question=question,
         whole=whole,
@@ -303,11 +354,34 @@ def summarise(
         strongest=tuple(strongest),
         without=tuple(found),
         each=result.each if len(result.outputs) > 1 else None,
-        outputs=result.outputs,
+        outputs=outputs,
         borne_out=borne_out,
         trust=tuple(sentences),
         top_units={name: [question.units[i].label for i in units] for name, units in first.items()},
     )
+
+
+def _rest_of_character(model, question):
+    """The next tokens of the model that complete the character which the target ends inside of."""
+    target, before = list(question.target or ()), question.input_ids[0].tolist()
+    if not (question.target_label or "").endswith(BROKEN):
+        return []
+    ends = {question.tokenizer.eos_token_id}
+    more = greedy_answer(model, question.input_ids.new_tensor([before + target]), 3, ends)
+    for count in range(1, 1 + len(more)):
+        text = decoded(question.tokenizer, target + more[:count], before)
+        if not text.endswith(BROKEN):
+            return more[:count]
+    return []
+
+
+def _character(question, rest):
+    """The character that ``rest``, the tokens after the target, completes; empty without any."""
+    if not rest:
+        return ""
+    before = question.input_ids[0].tolist()
+    text = decoded(question.tokenizer, [*(question.target or ()), *rest], before)
+    return text[len((question.target_label or "").rstrip(BROKEN)) :][:1]
 
 
 def _inside(model, question, unit, results):
@@ -369,13 +443,15 @@ def explain(
     """What the model relied on for ``question``, by ``methods`` and their test by erasure.
 
     By default those of ``TRUSTED`` that fit the model; of a long prompt, occlusion and relevance.
+    What takes longer than two seconds has a bar: see ``helpers.progress``.
     """
     if not methods:
         usual = [name for name in reported(len(question.labels)) if name in TRUSTED]
         methods = [name for name in usual if METHODS[name].refusal(model) is None]
-    ((question, results),) = attribute_all(model, [question], methods)
-    tested = erasure_test(model, question, results, seed)
-    return summarise(model, question, results, tested)
+    with progress("explain"):
+        ((question, results),) = attribute_all(model, [question], methods)
+        tested = erasure_test(model, question, results, seed)
+        return summarise(model, question, results, tested)
 
 
 def erasure_test(
@@ -452,7 +528,7 @@ def _trust(question, method, first, found, tested):
     if not matters:
         sentences.append("Taking these out does not even halve the odds of the answer.")
     few = len(ranked_units(question)) < 3
-    share = "every random order" if beats == 1 else f"{100 * beats:.0f} % of random orders"
+    share = "every random order" if beats == 1 else f"{100 * beats:.0f}\xa0% of random orders"
     sentences.append(
         f"Erased in the order of {method}, the answer gives way sooner than in {share} tried."
     )
@@ -488,8 +564,9 @@ def coloured_text(
     """The prompt as HTML text, each unit coloured by its score, the ``strongest`` with numbers.
 
     ``labels``, ``scores`` and ``parts`` hold one value a unit. The template's units are left out;
-    who wrote what stands before it. With ``most``, of a longer text only about so many characters
-    around the strongest units are shown. With ``anchors`` a link reaches the strongest units, as
+    who wrote what stands before it. A unit of very many characters is cut: see ``unit_text``. With
+    ``most``, of a longer text only about so many characters around the strongest units are shown,
+    and of one unit no more. With ``anchors`` a link reaches the strongest units, as
     ``#strongest-1``.
     """
     faces = shades(np.asarray(scores, dtype=float), parts, signed)
@@ -507,11 +584,21 @@ def coloured_text(
         if gap:
             written.append('<span class="gap"> … </span>')
             gap = False
-        written.append(_unit(label, faces[place], place, strongest, anchors))
+        text = unit_text(label, most)
+        written.append(_unit(text, faces[place], place, strongest, anchors))
     if gap:
         written.append('<span class="gap"> …</span>')
     # elsewhere than in <pre> a page may lose spaces
     return f'<pre class="coloured" dir="auto">{"".join(written)}</pre>'
+
+
+def unit_text(label: str, most: int | None = None) -> str:
+    """A unit as it is shown, cut after ``most`` characters; it then says how many it has.
+
+    By default 2,000 of a word, which nobody reads to its end, and 10,000 of a passage.
+    """
+    passage = len(label[:SHOWN].split()) > 1
+    return shortened(label, most or (PASSAGE if passage else SHOWN))
 
 
 def _unit(label, shade, place, strongest, anchors):
@@ -562,23 +649,30 @@ def _around(labels, parts, strongest, most):
     return shown
 
 
+def _in_line(output):
+    """A token of an answer in a line of text, a break or a blank as a sign that can be chosen."""
+    text = output.replace("\n", "↵")
+    return text if text.strip() else text.replace(" ", "␣").replace("\t", "⇥")
+
+
 def quoted(text: str) -> str:
     """A word as people write it: in quotes, without the space before it; a blank as it is."""
-    if "\ufffd" in text:  # bytes that are no character yet
+    if BROKEN in text and not text.strip(f"{BROKEN} "):
         return "a part of a character"
+    text = f"{text.rstrip(BROKEN)}…" if text.endswith(BROKEN) else text  # which goes on
     inner = text.strip() or repr(text)[1:-1]
     return f"“{inner if len(inner) <= FEW else inner[: FEW - 1] + '…'}”"
 
 
 def percent(share: float) -> str:
-    """A probability in per cent, with as many digits as people read."""
+    """A probability in per cent, with as many digits as people read, never parted by a line."""
     if share >= 0.9995:
-        return "over 99.9 %" if share < 1 else "100 %"
+        return "over 99.9\xa0%" if share < 1 else "100\xa0%"
     if share >= 0.0995:
-        return f"{100 * share:.0f} %"
+        return f"{100 * share:.0f}\xa0%"
     if share >= 1e-5:
-        return f"{100 * share:.2g} %"
-    return "under 0.001 %"
+        return f"{100 * share:.2g}\xa0%"
+    return "under 0.001\xa0%"
 
 
 @cache

@@ -1,12 +1,12 @@
 """A question's attributions as tables: one row a score, and one row a method."""
 
-import json
 from collections.abc import Mapping
 
 import pandas as pd
 
 from helpers.attribution import Attribution
 from helpers.faithfulness import importance_order
+from helpers.prompts import shortened
 from helpers.questions import Question
 
 NOT_WRITTEN = ("template", "answer")  # parts of units that nobody who asked has written
@@ -38,30 +38,29 @@ def written_first(question: Question, result: Attribution) -> list[int]:
 def score_table(question: Question, results: Mapping[str, Attribution]) -> pd.DataFrame:
     """One row a score: a DataFrame of all ``results`` ``{method: Attribution}``.
 
-    Columns: ``prompt`` (messages as JSON), ``method``, ``output`` (the number of the token that is
-    explained by itself; empty: of all together), ``unit``, its ``part``, its tokens from ``start``
-    to before ``end``, its ``label``, ``score``, and the method's own ``error`` where it has one.
+    Columns: ``method``, ``output`` (the number of the token that is explained by itself; empty: of
+    all together), ``unit``, its ``part``, its tokens from ``start`` to before ``end``, its
+    ``label``, ``score``, and the method's own ``error`` where it has one. A label of more than
+    2,000 characters is cut, and says so.
     """
-    asked = question.prompt
-    prompt = asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False)
     units = pd.DataFrame(
         {
             "unit": range(len(question.units)),
             "part": [unit.part for unit in question.units],
             "start": [min(unit.positions) for unit in question.units],
             "end": [max(unit.positions) + 1 for unit in question.units],
-            "label": [unit.label for unit in question.units],
+            "label": [shortened(unit.label) for unit in question.units],
         }
     )
     tables = []
     for name, result in results.items():
         error = None if result.errors is None else result.errors.numpy()
-        rows = units.assign(prompt=prompt, method=name)
+        rows = units.assign(method=name)
         tables.append(rows.assign(output="", score=result.scores.numpy(), error=error))
         if result.each is not None and len(result.outputs) > 1:
             for output, scores in enumerate(result.each.numpy()):
                 tables.append(rows.assign(output=str(output), score=scores, error=None))
-    columns = ["prompt", "method", "output", *units.columns, "score", "error"]
+    columns = ["method", "output", *units.columns, "score", "error"]
     return pd.concat([table.astype({"error": float}) for table in tables])[columns]
 
 
@@ -84,7 +83,7 @@ def method_table(
         first = next(iter(written_first(question, result)), None)
         row = {
             "method": name,
-            "strongest unit": "" if first is None else question.units[first].label,
+            "strongest unit": "" if first is None else shortened(question.units[first].label),
             "gap": result.gap,
             "closed": {True: "yes", False: "NO", None: "-"}[result.closed],
             "evaluations": result.evaluations,

@@ -27,6 +27,7 @@ from markupsafe import Markup
 
 from helpers.faithfulness import bootstrap_interval
 from helpers.plots import readable, save_figure
+from helpers.prompts import shortened
 from helpers.summary import coloured_text, percent
 from llama_reports.files import read_mapping, write_whole
 from llama_reports.pages import overview_page, shown
@@ -38,7 +39,7 @@ MEASURES += ["forwards"]
 MAY_BE_EMPTY = [*MEASURES, "error", "output"]
 EVIDENCE = dict.fromkeys(["method", "strongest unit", "closed"], pa.string())
 EVIDENCE |= dict.fromkeys(MEASURES, pa.float64())
-SCORES = {"prompt": pa.string(), "method": pa.string(), "output": pa.int64(), "unit": pa.int64()}
+SCORES = {"method": pa.string(), "output": pa.int64(), "unit": pa.int64()}
 SCORES |= {"part": pa.string(), "start": pa.int64(), "end": pa.int64(), "label": pa.string()}
 SCORES |= {"score": pa.float64(), "error": pa.float64()}
 # columns whose median the comparison shows, and what it calls them
@@ -48,7 +49,6 @@ IN_ONE_BLOCK = pyarrow.csv.ReadOptions(use_threads=False, block_size=2**26)
 OVER_LINES = pyarrow.csv.ParseOptions(newlines_in_values=True)
 EXCERPT = 600  # characters of a coloured prompt in the gallery
 TRUST = {"yes": "borne out", "weak": "weakly borne out", "no": "not borne out"}
-LONGEST = 2000  # characters of a prompt or an error in the gallery; the report has all of them
 FEWEST = 5  # prompts for an interval: resampling fewer says too little about others
 
 
@@ -107,8 +107,8 @@ class Report:
         return " ".join(map(str, said)) if isinstance(said, list) else ""
 
     def told(self, name: str) -> str:
-        """A sentence of ``report.json``, empty without it."""
-        return said if isinstance(said := self.facts.get(name), str) else ""
+        """A sentence of ``report.json``, or its beginning; empty without it."""
+        return shortened(said) if isinstance(said := self.facts.get(name), str) else ""
 
     def share(self, name: str) -> float | None:
         """A number of ``report.json`` from 0 to 1, ``None`` without it."""
@@ -170,7 +170,7 @@ def write_index(out: str | Path) -> Path:
         scores=scores is not None,
         share=_share,
         percent=percent,
-        shortened=_shortened,
+        shortened=shortened,
         **counts,
     )
     write_whole(out / "index.html", page)
@@ -236,12 +236,6 @@ def _together(reports, kind):
     if not tables:
         return None
     return pa.concat_tables(t.add_column(0, "slug", pa.repeat(s, len(t))) for s, t in tables)
-
-
-def _shortened(text):
-    if len(text) <= LONGEST:
-        return text
-    return f"{text[:LONGEST]}… ({len(text) - LONGEST:,} more characters in the report)"
 
 
 def _finite(value):
@@ -342,11 +336,11 @@ def _method_rows(evidence):
 def agreement(scores: pd.DataFrame) -> dict[tuple[str, str], dict]:
     """How alike two methods order the units, over prompts: ``{(method, method): measure}``.
 
-    ``scores`` is a DataFrame with the columns of ``scores.parquet``, of which the rows of an output
-    by itself are left out. The measure is Spearman's correlation of the magnitudes of the scores
-    within a prompt, as ``rank_correlation`` of ``helpers.faithfulness`` has it, then its mean over
-    prompts (see ``compare``). Prompts of fewer than three units, and methods that score all units
-    alike, have none.
+    ``scores`` is a DataFrame with the columns of ``scores.parquet`` and ``prompt``, of which the
+    rows of an output by itself are left out. The measure is Spearman's correlation of the
+    magnitudes of the scores within a prompt, as ``rank_correlation`` of ``helpers.faithfulness``
+    has it, then its mean over prompts (see ``compare``). Prompts of fewer than three units, and
+    methods that score all units alike, have none.
     """
     places = ["slug", "unit"]
     scores = scores[scores["output"].isna()].drop_duplicates([*places, "method"])
@@ -401,9 +395,9 @@ def gap_boxes(ax: Any, gaps: dict[str, np.ndarray], smallest: float = 1e-4) -> A
     ax.boxplot(rows, orientation="horizontal", **style)
     ax.set_xscale("log")
     ax.set_yticks(range(len(gaps)), [readable(method) for method in gaps], parse_math=False)
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value * 100:,.6g} %")
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value * 100:,.6g}\xa0%")
     ax.axvline(0.02, color="0.35", linestyle="--", linewidth=1)
     ax.set(ylim=(len(gaps) - 0.4, -0.6))
-    ax.set_xlabel("gap; box: middle half, line: median, whiskers: 5–95 %")
+    ax.set_xlabel("gap; box: middle half, line: median, whiskers: 5–95\xa0%")
     ax.spines[["top", "right"]].set_visible(False)
     return ax

@@ -15,7 +15,9 @@ import nbformat
 from nbconvert import HTMLExporter
 from nbconvert.filters import strip_ansi
 from nbconvert.preprocessors import TagRemovePreprocessor
+from papermill.execute import ERROR_MARKER_TAG
 
+from helpers.prompts import shortened
 from helpers.summary import Summary, stylesheet
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -124,6 +126,8 @@ def report_page(notebook: Any, facts: Mapping[str, Any], alone: bool = False) ->
     a time.
     """
     style, cells = _style(), list(notebook.cells)
+    if facts["error"]:
+        cells = _that_ran(cells)
     first = [cell for cell in cells if FIRST in cell.metadata.get("tags", []) and cell.outputs]
     if first:  # what it needed comes last: imports, parameters, the model
         place = cells.index(first[0])
@@ -131,7 +135,7 @@ def report_page(notebook: Any, facts: Mapping[str, Any], alone: bool = False) ->
     told = {
         "first": bool(first),
         "alone": alone,
-        "prompt": shown(facts["prompt"]),
+        "prompt": shortened(shown(facts["prompt"])),
         "error": shown(facts["error"] or ""),
         "style": style,
         "policy": content_policy(style=style, images="data:"),
@@ -139,6 +143,13 @@ def report_page(notebook: Any, facts: Mapping[str, Any], alone: bool = False) ->
     notebook = nbformat.from_dict({**notebook, "cells": cells})
     page, _ = _exporter().from_notebook_node(notebook, {"report": told})
     return shown(page)
+
+
+def _that_ran(cells):
+    """The cells of a notebook up to its error, without papermill's word on it: the page has one."""
+    ran = [place for place, cell in enumerate(cells) if cell.get("execution_count") is not None]
+    until = cells[: ran[-1] + 1] if ran else []
+    return [cell for cell in until if ERROR_MARKER_TAG not in cell.metadata.get("tags", [])]
 
 
 def summary_page(summary: Summary) -> str:
@@ -179,6 +190,7 @@ def _allowed(tag, name, value):
         return tag == "img" and value.startswith("data:image/")
     if name == "href":
         return tag == "a" and not value.lower().strip().startswith("data:")
-    return name in ("class", "id", "title", "lang", "dir", "alt", "width", "height") or (
-        tag in ("td", "th") and name in ("colspan", "rowspan", "scope")
-    )
+    own = {"td": ("colspan", "rowspan", "scope"), "details": ("name", "open")}
+    own["th"] = own["td"]
+    common = ("class", "id", "title", "lang", "dir", "alt", "width", "height")
+    return name in common or name in own.get(tag, ())

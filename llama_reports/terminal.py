@@ -41,7 +41,7 @@ def print_summary(summary: "Summary", console: Console | None = None) -> None:
     told, colour = summary.verdict, {"yes": "green", "weak": "yellow", "no": "red"}
     text = Text(told, f"bold {colour[summary.borne_out]}")
     console.print(text, Text(inert(" ".join(summary.trust))), soft_wrap=True)
-    for note in summary.question.notes:
+    for note in summary.notes:
         line(f"Note: {note}", "yellow")
 
 
@@ -52,7 +52,7 @@ def inert(text: str) -> str:
 
 def _prompt(summary):
     """The units that somebody wrote, or the model, on their colours, the strongest with numbers."""
-    from helpers.summary import NOT_WRITTEN, shades  # with torch, which no refusal needs
+    from helpers.summary import NOT_WRITTEN, shades, unit_text  # with torch, which no refusal needs
 
     units = summary.question.units
     parts = [unit.part for unit in units]
@@ -75,5 +75,5 @@ def _prompt(summary):
         number = ""
         if place in summary.strongest and unit.part not in NOT_WRITTEN:
             number = f"[{summary.strongest.index(place) + 1}]"
-        text.append(inert(unit.label) + number, style)
+        text.append(inert(unit_text(unit.label)) + number, style)
     return text

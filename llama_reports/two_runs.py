@@ -12,6 +12,7 @@ import numpy as np
 
 from helpers.errors import InputError
 from helpers.faithfulness import rank_correlation
+from helpers.prompts import shortened
 from helpers.summary import percent
 from helpers.tables import NOT_WRITTEN
 from llama_reports.files import write_whole
@@ -47,7 +48,7 @@ class Pair:
         units = report.scores_of(self.method)
         written = [i for i, part in enumerate(units["part"]) if part not in NOT_WRITTEN]
         order = sorted(written, key=lambda i: -_number(units["score"][i]))
-        return [units["label"][i] for i in order[:MOVED]]
+        return [shortened(units["label"][i]) for i in order[:MOVED]]
 
 
 def compare_runs(first: str | Path, second: str | Path, page: str | Path | None = None) -> Path:
@@ -119,7 +120,7 @@ def compare_reports(first: Report, second: Report) -> Pair:
         second,
         method,
         None if np.isnan(agreement) else agreement,
-        tuple((labels[0][i], float(shares[0][i]), float(shares[1][i])) for i in order),
+        tuple((shortened(labels[0][i]), float(shares[0][i]), float(shares[1][i])) for i in order),
     )
 
 

@@ -35,6 +35,15 @@ def tiny_folder(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def long_word():
+    """``(model, tokenizer, word)``: a toy with one token more, of 100,000 characters."""
+    (model, tokenizer), word = tiny_llama(), "x" * 100_000
+    tokenizer.add_tokens(word)
+    model.resize_token_embeddings(len(tokenizer))
+    return model, tokenizer, word
+
+
+@pytest.fixture(scope="session")
 def hostile():
     """A prompt that breaks whatever mistakes text for code, markup, paths or formulas."""
     return "<script>document.title='taken'</script> \"'{x} NA $a$ \\n\n你好 مرحبا 🙂 ../../etc"
@@ -66,7 +75,7 @@ question = ask(model, tokenizer, messages or prompt, **asked)
 result = attribute(model, question, "relevance")
 ---
 table = pd.DataFrame({"unit": range(len(result.units)), "score": result.scores.tolist()})
-table = table.assign(prompt=prompt, method="relevance", output=None, error=None)
+table = table.assign(method="relevance", output=None, error=None)
 for name in ("part", "label"):
     table[name] = [getattr(unit, name) for unit in result.units]
 table["start"] = [unit.positions[0] for unit in result.units]

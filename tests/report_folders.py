@@ -31,12 +31,11 @@ def write_report(out, slug, prompt, methods=None, *, error=None, summary=None, *
     defaults |= {"error": None, "evaluations": 1, "forwards": 2, "seconds": 0.25}
     defaults |= {"faithfulness": 1.0, "random_faithfulness": -0.5, "beats_random": 0.5}
     defaults |= {"evidence_rank": None, "verdict": ""}
-    text = prompt.encode("utf-8", "replace").decode()  # what a file in UTF-8 can hold
     evidence, scores = [], []
     for name, said in methods.items():
         evidence.append({"method": name} | defaults | {k: said[k] for k in said if k != "scores"})
         for i, score in enumerate(said.get("scores", [0.5, -1.0, 2.0])):
-            row = {"prompt": text, "method": name, "output": None, "unit": i, "part": "prompt"}
+            row = {"method": name, "output": None, "unit": i, "part": "prompt"}
             row |= {"start": i, "end": i + 1, "label": f" {i}"}
             scores.append(row | {"score": float(score), "error": None})
     _write_table(folder / "evidence.csv", evidence)

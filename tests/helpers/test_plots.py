@@ -8,6 +8,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from matplotlib.colors import to_rgba
+from PIL import Image
 from traitlets.config import Config
 
 from helpers.plots import (
@@ -89,6 +90,18 @@ def test_any_prompt_can_be_drawn_without_a_warning(ax, draw, prompt, tmp_path):
 def test_scores_of_any_size_can_be_drawn(ax, draw, scores):
     draw(ax, LABELS, scores)
     ax.figure.canvas.draw()
+
+
+@every_figure
+@pytest.mark.parametrize("label", ["x" * 100_000, "\x00" * 100_000], ids=["a word", "controls"])
+def test_of_a_label_of_any_length_the_beginning_is_drawn(draw, label, tmp_path):
+    figure, ax = plt.subplots()
+    draw(ax, [label, *LABELS[1:]], SCORES)
+    drawn = [text for text in texts(ax) if text.endswith("…")]
+    assert drawn and all(len(text) <= 72 and text[0] in "xU" for text in drawn)
+    png, _ = save_figure(figure, "long", tmp_path)
+    plt.close(figure)
+    assert max(Image.open(png).size) < 2500
 
 
 def test_white_space_is_made_visible():

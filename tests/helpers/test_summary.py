@@ -1,6 +1,7 @@
 """What a report says at first sight: that the numbers are the model's, and that text stays text."""
 
 import html
+import json
 import math
 import re
 from dataclasses import replace
@@ -155,12 +156,69 @@ def test_of_a_long_answer_a_tokens_probability_is_told_and_each_token_by_itself(
     mean = question.probability ** (1 / len(question.target))
     assert f"{percent(mean)} a token in the geometric mean" in summary.answered
     assert "the probability of a token of the answer" in summary.removed[0]
-    shown = html.unescape(summary._repr_html_())
-    assert shown.count("<details>") == len(question.target) == len(summary.outputs)
-    last = summary.each[-1]
-    usable = [i for i, unit in enumerate(question.units) if unit.part != "template"]
-    best = max(usable, key=lambda i: float(last[i]))
-    assert f"{quoted(question.units[best].label)} {last[best]:+.2f}" in shown.split("<details>")[-1]
+    *_, tokens = html.unescape(summary._repr_html_()).split('<div class="answer" dir="auto">')
+    each = tokens.split('<details name="answer">')[1:]
+    assert len(each) == len(question.target) == len(summary.outputs)
+    for number, (shown, output) in enumerate(zip(each, summary.outputs, strict=True)):
+        scores = summary.each[number]
+        usable = [i for i, unit in enumerate(question.units) if unit.part != "template"]
+        best = sorted((i for i in usable if scores[i] > 0), key=lambda i: -float(scores[i]))[:3]
+        told = [f"{quoted(question.units[i].label)} {scores[i]:+.2f}" for i in best]
+        came = f"from {', '.join(told)}"
+        # the token is a line by itself where there is no style, with its numbers
+        assert shown.startswith(f'<summary>{output}<span class="came"> {came}</span></summary>')
+        assert f"<b>{quoted(output)}</b> {came}</p>" in shown
+        assert shown.count("<sup>") == len(best)
+        text = re.sub("<sup>.</sup>", "", shown.split("<pre")[1])  # what it was written after
+        before = [question.prompt, *summary.outputs[:number]]
+        assert re.sub("<[^>]*>", "", text.split(">", 1)[1]) == "answer".join(
+            ["".join(before[:1]), "".join(before[1:])] if number else before
+        )
+
+
+def quickly_summarised(bundled, question):
+    results = {"relevance": attribute(bundled[0], question, "relevance", each=True)}
+    tested = against_random(bundled[0], question, results, steps=1, count=2)
+    return summarise(bundled[0], question, results, tested)
+
+
+def test_of_the_bytes_of_a_character_it_is_told_which_one_they_begin(bundled):
+    prompt = "عاصمة فرنسا هي مدينة"
+    question = ask(*bundled, prompt)
+    assert question.target_label == "\ufffd"
+    summary = quickly_summarised(bundled, question)
+    assert summary.character == "،" and summary.heading == "Why a part of “،”?"
+    assert summary.answered.startswith("After this prompt the model goes on with a part of “،”:")
+    assert "the probability of a part of “،”" in summary.removed[0]
+    assert ask(*bundled, prompt, answer=2).answer == "،"
+    whole = quickly_summarised(bundled, ask(*bundled, prompt, target=" باريس"))
+    assert whole.heading == "Why “باريس”?" and whole.character == ""
+    assert "goes on with a part of a character" in whole.answered  # no more of it was asked for
+
+
+def test_an_answer_that_ends_inside_a_character_is_shown_and_that_character_is_named(bundled):
+    prompt = "拉脱维亚的首都是"
+    cut = ask(*bundled, prompt, answer=7)
+    assert cut.target_label == "一位被\ufffd"
+    summary = quickly_summarised(bundled, cut)
+    assert summary.heading == "Why “一位被…”?"
+    whole = next(
+        longer.answer
+        for longer in (ask(*bundled, prompt, answer=count) for count in (8, 9, 10))
+        if not longer.answer.endswith("\ufffd")
+    )
+    # and no letter that stands for a byte
+    assert summary.outputs[-1].startswith(f"{whole[3]}[1/") and summary.character == whole[3]
+
+
+def test_a_token_without_ink_can_be_chosen_and_the_answer_keeps_its_lines(tiny):
+    question = ask(*tiny, "ab", answer="a\n  \tb\n")
+    results = {"occlusion": attribute(tiny[0], question, "occlusion", each=True)}
+    tested = against_random(tiny[0], question, results, steps=2, count=2)
+    shown = summarise(tiny[0], question, results, tested)._repr_html_()
+    chosen = re.findall(r'<summary>(.*?)<span class="came">', shown)
+    assert chosen == ["a", "↵", "␣", "␣", "⇥", "b", "↵"]
+    assert shown.count("</details><br>") == 2
 
 
 def test_what_the_model_does_not_say_itself_is_never_called_its_own(bundled):
@@ -170,7 +228,7 @@ def test_what_the_model_does_not_say_itself_is_never_called_its_own(bundled):
     half = explain(*_asked(bundled, begin, target=" Rigorous"), ["occlusion"])
     assert half.question.rank == 1 and half.answered.endswith("The model itself goes on otherwise.")
     other = explain(*_asked(bundled, begin, target=" Tallinn"), ["occlusion"])
-    assert "The model itself goes on with “Rig” (31 %)." in other.answered
+    assert "The model itself goes on with “Rig” (31\xa0%)." in other.answered
 
 
 def _asked(loaded, *prompt, **options):
@@ -236,12 +294,12 @@ def test_an_excerpt_keeps_the_beginning_and_what_is_strongest():
 @pytest.mark.parametrize(
     "share, text",
     [
-        (1.0, "100 %"),
-        (0.9999, "over 99.9 %"),
-        (0.314, "31 %"),
-        (0.0951, "9.5 %"),
-        (2.1e-3, "0.21 %"),
-        (1e-9, "under 0.001 %"),
+        (1.0, "100\xa0%"),
+        (0.9999, "over 99.9\xa0%"),
+        (0.314, "31\xa0%"),
+        (0.0951, "9.5\xa0%"),
+        (2.1e-3, "0.21\xa0%"),
+        (1e-9, "under 0.001\xa0%"),
     ],
 )
 def test_a_probability_has_the_digits_that_people_read(share, text):
@@ -257,6 +315,31 @@ def test_show_gives_back_what_it_shows(tiny, capsys):
     summary = show(tiny[0], ask(*tiny, "The keys to"), ["occlusion", "relevance"])
     assert summary.heading in capsys.readouterr().out
     assert set(summary.top_units) == {"occlusion", "relevance"} and len(summary.strongest) == 3
+
+
+def test_a_word_of_any_length_is_cut_and_its_length_told(long_word):
+    model, tokenizer, word = long_word
+    question = ask(model, tokenizer, f"The {word} is {word[:3]}", target=word, foil=f" {word}a")
+    ((question, results),) = attribute_all(model, [question], ["occlusion", "relevance"])
+    tested = against_random(model, question, results, steps=2, count=2)
+    summary = summarise(model, question, results, tested)
+    assert word in [unit.label for unit in question.units]
+    page, facts = summary._repr_html_(), json.dumps(summary.facts() | {"answer": ""})
+    tables = score_table(question, results), method_table(question, results, tested)
+    for shown in (page, facts, repr(summary), *(table.to_csv() for table in tables)):
+        assert len(shown) < 60_000 and "x" * 2001 not in shown
+    assert "x" * 2000 + "… (98,000 more characters)" in html.unescape(page)
+    assert any(label.endswith("… (98,000 more characters)") for label in tables[0]["label"])
+
+
+def test_a_passage_is_shown_to_a_length_that_no_word_has(tiny):
+    passage = "word " * 1999
+    shown = coloured_text([passage, "x" * 5000], [1.0, -1.0], ["prompt"] * 2)
+    assert passage in shown and "x" * 2000 + "… (3,000 more characters)" in shown
+    shown = coloured_text([passage * 2], [1.0], ["prompt"])
+    assert "… (9,990 more characters)" in shown
+    shown = coloured_text([passage], [1.0], ["prompt"], [0], most=600)
+    assert "… (9,395 more characters)" in shown
 
 
 # --- tables ------------------------------------------------------------------------------------

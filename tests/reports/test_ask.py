@@ -54,6 +54,15 @@ def test_what_cannot_be_asked_is_one_sentence(arguments, complaint):
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
+def test_of_a_word_of_any_length_the_beginning_is_printed(long_word):
+    model, tokenizer, word = long_word
+    file = io.StringIO()
+    question = ask(model, tokenizer, f"The {word} is", target=word)
+    print_summary(explain(model, question, ["occlusion"]), Console(file=file))
+    printed = file.getvalue()
+    assert "x" * 2000 + "… (98,000 more characters)" in printed and len(printed) < 10_000
+
+
 def test_no_character_of_a_prompt_acts_on_the_terminal(tiny):
     question = ask(*tiny, "\x1b[31mred\x1b]0;title\x07 [bold]not bold[/bold]\r\x9b", target="\x1b")
     for colours in (None, "truecolor"):

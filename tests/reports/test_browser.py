@@ -11,8 +11,11 @@ from playwright.sync_api import expect, sync_playwright
 from report_folders import write_report
 from running import PATIENCE
 
+from helpers import ask, attribute
+from helpers.faithfulness import against_random
+from helpers.summary import summarise
 from llama_reports.gallery import write_index
-from llama_reports.pages import report_page
+from llama_reports.pages import report_page, summary_page
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -209,6 +212,52 @@ def test_the_failed_report_says_so(page, reports):
     row.locator("a").first.click()
     page.wait_for_url("**/report.html")
     assert "ZeroDivisionError" in page.locator("header").text_content()
+
+
+@pytest.fixture(scope="module")
+def answer_page(bundled, tmp_path_factory):
+    """A page whose answer's tokens can be opened, and these tokens."""
+    question = ask(*bundled, "One, two, three,", answer=30, units="words")
+    path = tmp_path_factory.mktemp("answer") / "one.html"
+    results = {"relevance": attribute(bundled[0], question, "relevance", each=True)}
+    tested = against_random(bundled[0], question, results, steps=2, count=2)
+    summary = summarise(bundled[0], question, results, tested)
+    path.write_text(summary_page(summary), encoding="utf-8")
+    return path.as_uri(), summary.outputs
+
+
+@pytest.mark.parametrize("width", [1400, 420])
+def test_an_answers_tokens_stand_in_a_line_and_open_by_keyboard(page, answer_page, width):
+    address, outputs = answer_page
+    page.set_viewport_size({"width": width, "height": 900})
+    page.goto(address)
+    tokens = page.locator(".answer summary")
+    assert tokens.count() == len(outputs) == 30
+
+    def lines():
+        tops = tokens.evaluate_all("all => all.map(one => one.getBoundingClientRect().top)")
+        return [round(top - tops[0]) for top in tops]
+
+    def opened():
+        return page.locator(".answer details[open] > summary > .came").all_text_contents()
+
+    closed = lines()
+    assert len(set(closed)) < 8 and closed == sorted(closed)
+    came = page.locator(".answer .came").first.bounding_box()  # read aloud, and not seen
+    assert came["width"] <= 1 and came["height"] <= 1
+    assert page.locator(".answer .from").first.is_hidden()
+    tokens.nth(3).focus()
+    page.keyboard.press("Enter")
+    box = page.locator(".answer .from").nth(3)
+    assert box.is_visible() and len(opened()) == 1
+    assert box.bounding_box()["width"] > 0.8 * page.locator(".answer").bounding_box()["width"]
+    assert lines()[:5] == closed[:5]  # the line goes on beside what is open
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    assert page.locator(".answer .from").nth(4).is_visible() and len(opened()) == 1
+    assert box.is_hidden()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert not page.complaints and page.locator("script").count() == 0
 
 
 # --- hostile texts everywhere ------------------------------------------------------------------
@@ -532,7 +581,7 @@ def test_without_script_the_table_is_whole_and_has_no_dead_controls(browser, man
     page.goto(many.as_uri())
     assert page.locator("tbody tr:visible").count() == 1000
     assert not page.locator("form").is_visible() and page.locator("button:visible").count() == 0
-    for row, said in (("tr#r019", "95 %"), ("tr#r000", "at place 1 of 3")):
+    for row, said in (("tr#r019", "95\xa0%"), ("tr#r000", "at place 1 of 3")):
         assert said in page.locator(row).inner_text()
     assert not page.complaints
     context.close()

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
+from PIL import Image
 
 from helpers import InputError
 from llama_reports.files import write_whole
@@ -26,6 +27,7 @@ from llama_reports.jobs import find_notebook, plan
 from llama_reports.pages import report_page
 from llama_reports.prompts import read_entries
 from llama_reports.run import run_report
+from llama_reports.two_runs import compare_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -187,13 +189,23 @@ def test_a_run_leaves_whole_reports_and_a_failure_is_kept(reports):
 def test_scores_are_tidy_and_read_back_as_they_were(reports, hostile):
     folder, _ = reports
     table = pd.read_parquet(folder / "scores.parquet")
-    columns = "slug prompt method output unit part start end label score error"
+    columns = "slug method output unit part start end label score error"
     assert list(table.columns) == columns.split()
     assert set(table["slug"]) == {"plain", "hostile"}
     mine = table[table["slug"] == "hostile"]
-    assert set(mine["prompt"]) == {hostile}
     one = mine[mine["method"] == "saliency"].sort_values("unit")
-    assert "NA" not in set(one["label"]) and one["score"].notna().all()
+    assert "".join(one["label"]) == hostile and one["score"].notna().all()
+
+
+def test_a_prompt_stands_once_beside_its_scores(reports, hostile):
+    folder, _ = reports
+    facts = json.loads((folder / "hostile" / "report.json").read_text(encoding="utf-8"))
+    assert facts["prompt"] == hostile
+    for table in (
+        pd.read_csv(folder / "hostile" / "scores.csv"),
+        pd.read_parquet(folder / "scores.parquet"),
+    ):
+        assert not [name for name in table if (table[name] == hostile).any()]
 
 
 def test_reports_hold_no_local_path_and_no_user(reports):
@@ -254,6 +266,25 @@ def test_bundled_model_reports_on_a_prompt_no_notebook_contains(tmp_path):
     assert any(
         "image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", [])
     )
+
+
+def test_a_word_of_any_length_makes_a_report_of_a_usual_size(long_word, tmp_path):
+    *parts, word = long_word
+    for part in parts:
+        part.save_pretrained(tmp_path / "model")
+    entry = {"id": "long", "prompt": f"The {word} is", "target": "a", "units": "tokens"}
+    facts = one_report(tmp_path, entry, tmp_path / "model")
+    assert facts["error"] is None
+    folder = tmp_path / "out" / "long"
+    scores = pd.read_csv(folder / "scores.csv")
+    assert scores["label"].str.len().max() < 2100 and len(scores) == 7 * scores["unit"].nunique()
+    assert max(Image.open(folder / "figures" / "methods.png").size) < 2500
+    write_index(tmp_path / "out")
+    compare_runs(tmp_path / "out", tmp_path / "out")
+    # a page has the prompt once, in the folded cell that says what was asked
+    for page, often in (("long/report.html", 1), ("index.html", 0), ("compared.html", 0)):
+        text = (tmp_path / "out" / page).read_text(encoding="utf-8")
+        assert text.count("x" * 3000) <= often * (100_000 // 3000), page
 
 
 CHAT = [

@@ -61,7 +61,7 @@ def test_the_page_has_both_sides_of_every_shared_id_the_most_different_first(run
     assert page == runs[0] / "compared.html"
     assert re.findall(r"Why (\w+)\?", text) == ["turned", "same"]
     assert "&lt;b&gt;Riga&lt;/b&gt;" in text and "Tallinn" in text and "no memory" in text
-    assert "25 %" in text and "50 %" in text and "1 in A alone" in text
+    assert "25\xa0%" in text and "50\xa0%" in text and "1 in A alone" in text
     assert 'href="same/report.html"' in text and 'href="../other/same/report.html"' in text
     elsewhere = compare_runs(*runs, runs[0].parent / "page.html")
     assert 'href="one/same/report.html"' in elsewhere.read_text(encoding="utf-8")
