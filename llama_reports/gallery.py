@@ -30,7 +30,7 @@ from helpers.plots import readable, save_figure
 from helpers.prompts import shortened
 from helpers.summary import coloured_text, percent
 from llama_reports.files import read_mapping, write_whole
-from llama_reports.pages import overview_page, shown
+from llama_reports.pages import EXCERPT, overview_page, shown
 
 CONTROL = "random"  # the method that knows nothing
 # columns of a report's evidence.csv and scores.csv
@@ -47,7 +47,6 @@ MEDIANS = {"evidence_rank": "place", "evaluations": "gradients"}
 MEDIANS |= {name: name for name in ("gap", "seconds", "forwards")}
 IN_ONE_BLOCK = pyarrow.csv.ReadOptions(use_threads=False, block_size=2**26)
 OVER_LINES = pyarrow.csv.ParseOptions(newlines_in_values=True)
-EXCERPT = 600  # characters of a coloured prompt in the gallery
 TRUST = {"yes": "borne out", "weak": "weakly borne out", "no": "not borne out"}
 FEWEST = 5  # prompts for an interval: resampling fewer says too little about others
 

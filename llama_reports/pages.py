@@ -17,10 +17,11 @@ from nbconvert.filters import strip_ansi
 from nbconvert.preprocessors import TagRemovePreprocessor
 from papermill.execute import ERROR_MARKER_TAG
 
-from helpers.prompts import shortened
+from helpers.prompts import SHOWN, shortened
 from helpers.summary import Summary, stylesheet
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
+EXCERPT = 600  # characters of a prompt, so that what is said of it stands on the same screen
 FIRST = "first-screen"  # the tag of the cell whose output opens a report's page
 
 # HTML drops or alters these characters: each is shown as the picture of itself (U+2400 ...) or, the
@@ -135,7 +136,7 @@ def report_page(notebook: Any, facts: Mapping[str, Any], alone: bool = False) ->
     told = {
         "first": bool(first),
         "alone": alone,
-        "prompt": shortened(shown(facts["prompt"])),
+        "prompt": shortened(shown(facts["prompt"]), EXCERPT if facts["error"] else SHOWN),
         "error": shown(facts["error"] or ""),
         "style": style,
         "policy": content_policy(style=style, images="data:"),

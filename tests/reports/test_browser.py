@@ -211,7 +211,17 @@ def test_the_failed_report_says_so(page, reports):
     assert "ZeroDivisionError" in row.text_content()
     row.locator("a").first.click()
     page.wait_for_url("**/report.html")
-    assert "ZeroDivisionError" in page.locator("header").text_content()
+    assert page.locator("h1").text_content() == "This report failed"
+    error, todo = page.locator("header p").all()
+    assert "ZeroDivisionError" in error.text_content() and error.bounding_box()["y"] < 200
+    assert todo.text_content().startswith("What to do: correct what the error names")
+    assert page.locator("blockquote").text_content() == "This fails"
+    # what was run, and no more, nor papermill's own word on it
+    assert "ZeroDivisionError" in page.locator("main pre").last.text_content()
+    assert "What speaks for each method" not in page.locator("main").text_content()
+    assert "Exception was encountered" not in page.locator("body").text_content()
+    todo.get_by_role("link").click()
+    page.wait_for_url("**/report.ipynb")
 
 
 @pytest.fixture(scope="module")
@@ -375,8 +385,8 @@ def test_no_text_acts_in_a_report(page, tmp_path):
             nbformat.v4.new_output("error", **error),
         ]
         cells = [
-            nbformat.v4.new_code_cell(told, outputs=outputs),
             nbformat.v4.new_markdown_cell(told),
+            nbformat.v4.new_code_cell(told, outputs=outputs, execution_count=1),
         ]
         notebook = nbformat.v4.new_notebook(cells=cells)
         file = tmp_path / f"{i}.html"
@@ -661,7 +671,7 @@ def test_every_text_stands_out_from_what_is_behind_it(browser, tmp_path, scheme)
     error = nbformat.v4.new_output("error", ename="E", evalue="x", traceback=["x"])
     cells = [
         nbformat.v4.new_markdown_cell("# A\n\n[b](https://example.org) `c`\n\n| d |\n|---|\n| e |"),
-        nbformat.v4.new_code_cell("1 / 0", outputs=[error]),
+        nbformat.v4.new_code_cell("1 / 0", outputs=[error], execution_count=1),
     ]
     facts = {"prompt": "x", "error": "no memory"}
     report = report_page(nbformat.v4.new_notebook(cells=cells), facts)

@@ -123,6 +123,17 @@ def test_failures_come_first_with_their_error_and_their_notebook(tmp_path):
     assert "RuntimeError: out of memory" in page and 'href="c/report.ipynb"' in page
 
 
+def test_of_a_failed_report_on_a_long_prompt_the_error_stands_before_its_beginning():
+    cell = nbformat.v4.new_code_cell("1 / 0", execution_count=1)
+    notebook = nbformat.v4.new_notebook(cells=[cell, nbformat.v4.new_markdown_cell("never run")])
+    page = report_page(notebook, {"prompt": "word " * 5000, "error": "ZeroDivisionError: 0"})
+    text = text_of(page[page.index("<body") :])
+    assert text.index("ZeroDivisionError") < text.index("word word")
+    assert "(24,400 more characters)" in text and "never run" not in text and "1 / 0" in text
+    done = text_of(report_page(notebook, {"prompt": "word", "error": None}))
+    assert "never run" in done and "This report failed" not in done
+
+
 def test_a_very_long_prompt_is_cut_and_says_so(tmp_path):
     write_report(tmp_path, "long", "word " * 5000, METHODS)
     page = write_index(tmp_path).read_text(encoding="utf-8")
