@@ -32,6 +32,7 @@ _BREAKERS = {"words": WordBreaker, "sentences": SentenceBreaker}
 _LOCALE = "en@ss=standard"  # "Mr." ends no sentence; words of other scripts do not depend on it
 _TRUSTED = ("template", "answer")  # parts in which a control token is one
 SECONDS = 10  # that a template may take
+MOST_OPTIONS = 20  # texts that a question compares
 LONGEST = 10_000_000  # characters that a template may make: more than any model reads
 SHOWN = 2000  # characters of a label that people are shown
 Span = tuple[int, int]
@@ -40,6 +41,7 @@ half_a_pair = re.compile(r"[\ud800-\udfff]").search  # of surrogates: no text ca
 bad_prompt = partial(InputError, field="prompt")
 bad_messages = partial(InputError, field="messages")
 bad_sources = partial(InputError, field="sources")
+bad_options = partial(InputError, field="options")
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def read_prompt(
     notebooks/02_tokenization.ipynb and 03_generation.ipynb take it apart.
     """
     if isinstance(prompt, str):
-        _check_text(prompt, "prompt", "The prompt")
+        check_text(prompt, "prompt", "The prompt")
         if raw and chat:
             raise InputError("raw and chat exclude each other: drop one.", field="raw")
         if not chat:
@@ -127,7 +129,7 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
             if not all(isinstance(text, str) for text in texts):
                 raise bad_messages(f"{here} holds more than text: keep its text.")
             content = "".join(map(str, texts))
-        _check_text(content, "messages", f"The content of message {index}")
+        check_text(content, "messages", f"The content of message {index}")
         if role == "system" and index:
             nth = "second " * (found[0]["role"] == role)
             raise bad_messages(f"{here} is a {nth}system message: keep one, as the first message.")
@@ -142,7 +144,40 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
     return found
 
 
-def _check_text(text, field, what):
+def read_options(
+    options: Sequence[str], target: Any = None, foil: Any = None, answer: Any = None
+) -> tuple[str | None, str | None, list[str]]:
+    """``(target, foil, options)`` of some texts that are compared, or an ``InputError``.
+
+    Two are target and foil: the first, or the one that ``target`` repeats, is the target, and none
+    are left. Of more, which is the foil, and the target where none is named, is for the model to
+    say: see ``helpers.questions.with_likeliest``.
+    """
+    if foil is not None or answer:
+        other = "an answer" if foil is None else "a foil"
+        raise bad_options(f"It has options and {other}: keep one of them.")
+    texts = not isinstance(options, str) and isinstance(options, Sequence)
+    if not texts or not all(isinstance(option, str) for option in options):
+        raise bad_options(
+            "The options are no list of texts: write one, such as [' Riga', ' Rome']."
+        )
+    if len(options) < 2:
+        raise bad_options("Options are compared with each other: give at least two.")
+    if len(options) > MOST_OPTIONS:
+        raise bad_options(f"There are {len(options):,} options: give at most {MOST_OPTIONS}.")
+    twice = [option for at, option in enumerate(options) if option in options[:at]]
+    if twice:
+        raise bad_options(f"The option {twice[0][:80]!r} is there twice: remove one.")
+    if target is not None and target not in options:
+        raise bad_options(f"The target {target!r} is none of the options: choose one.")
+    if len(options) > 2:
+        return target, None, list(options)
+    target = options[0] if target is None else target
+    return target, options[options[0] == target], []
+
+
+def check_text(text: object, field: str, what: str) -> None:
+    """Raise ``InputError`` for what is no text of at least one word, or cannot be UTF-8."""
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{what} is empty: write at least one word.", field=field)
     if half_a_pair(text):

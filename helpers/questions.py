@@ -5,10 +5,13 @@ if wanted, the tokens they are compared with (the foil). What is explained is
 
     log p(target | prompt) - log p(foil | prompt)
 
-by the chain rule over as many tokens as each has; without a foil, the first term alone.
+by the chain rule over as many tokens as each has; without a foil, the first term alone. Of three
+and more options the likeliest is the target, unless one is named, and the likeliest of the others
+the foil.
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,11 +27,13 @@ from helpers.prompts import (
     FINE,
     Prompt,
     Unit,
+    bad_options,
     bad_prompt,
     continuation,
     decoded,
     half_a_pair,
     prompt_units,
+    read_options,
     read_prompt,
     spelled_by,
     token_labels,
@@ -51,6 +56,16 @@ class Rival(NamedTuple):
     other_label: str
 
 
+class Option(NamedTuple):
+    """One of the texts that a question compares; ``label`` is that of its token ids."""
+
+    ids: tuple[int, ...]
+    label: str
+    log_probability: float | None = None  # of the whole, given the prompt, in nats; None: not known
+    notes: tuple[str, ...] = ()  # what makes it a weak target or foil
+    rival: tuple[Rival, ...] = ()
+
+
 @dataclass(frozen=True)
 class Question:
     """What is read, and the prediction about it that is to be explained.
@@ -64,6 +79,8 @@ class Question:
     ``sources``       the passages that were named as units; what stands around them is not ranked
     ``target``, ``foil``  token ids as tuples; ``foil`` is ``None`` without one
     ``target_label``, ``foil_label``  the same as text; ``answer`` without control tokens
+    ``options``       all texts that are compared, where they are more than target and foil: a tuple
+                      of ``Option`` in the order in which they were given
     ``probability``   of the whole target, given the prompt
     ``notes``         sentences: what makes the question a weak one
     ``top``, ``top_probability``  the model's own next token after the prompt, and its probability
@@ -72,6 +89,7 @@ class Question:
     ``objective``     ``"log_probability"``, or ``"logit"`` for the raw logits of the usual code
 
     ``target`` and what depends on it are ``None`` while a question is open: see ``attribute_all``.
+    With options the foil is open, too.
     """
 
     prompt: Any
@@ -93,6 +111,8 @@ class Question:
     objective: str = "log_probability"
     grouping: str = "tokens"
     sources: tuple[str, ...] = ()
+    options: tuple[Option, ...] = ()
+    named: int | None = field(default=None, repr=False)  # the option that is to be the target
     read: Prompt | None = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
     rival: tuple[Rival, ...] = field(default=(), repr=False, compare=False)
@@ -102,6 +122,19 @@ class Question:
         """Why " Riga"?, or why " Riga" rather than " Tallinn"?"""
         rather = "" if self.foil is None else f" rather than {self.foil_label!r}"
         return f"why {self.target_label!r}{rather}?"
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it has options, and which are target and foil is for the model to say."""
+        return self.target is None and bool(self.options)
+
+    @property
+    def most_outputs(self) -> int:
+        """How many tokens are explained, of options at most."""
+        lengths = [len(self.target or (0,)), len(self.foil or (0,))]
+        if self.undecided:
+            lengths = sorted(len(option.ids) for option in self.options)[-2:]
+        return sum(lengths) - 1
 
     def places(self, words: str) -> list[list[int]]:
         """Positions of each occurrence of whole ``words`` in what was written; see there."""
@@ -135,6 +168,7 @@ def ask(
     target_ids: Sequence[int] | None = None,
     foil_ids: Sequence[int] | None = None,
     answer: int | str | bool | None = None,
+    options: Sequence[str] | None = None,
     units: str = "tokens",
     sources: Sequence[str] | None = None,
     chat: bool = False,
@@ -148,7 +182,10 @@ def ask(
     message of the user. ``target`` and ``foil`` are texts of any length, read as they go on after
     the prompt (mind the leading space: ``" Riga"``); token ids go by ``target_ids`` and
     ``foil_ids``. ``answer`` is a number of tokens, for the model's own greedy answer of at most so
-    many, or a text. With none of these the target is the model's own next token.
+    many, or a text. ``options`` are texts, one of which ``target`` may repeat: of two the first is
+    the target and the other the foil; of more, the likeliest is compared with the next, or the
+    named one with the likeliest of the others. With none of these the target is the model's own
+    next token.
 
     ``units`` is ``"tokens"``, ``"words"``, ``"sentences"`` or ``"turns"``; ``sources`` are passages
     of the prompt that become the units, with the sentences around them. ``raw=True`` says that the
@@ -163,13 +200,22 @@ def ask(
 
 
 def ask_of(model: Any, question: Question) -> Question:
-    """``question`` completed by one pass over what it reads and its target."""
-    target = question.target or (None,)
+    """``question`` completed by one pass over what it reads and its target.
+
+    Of options, each that has several tokens takes a pass before that, and the others one together.
+    """
+    if question.undecided:
+        question = with_likeliest(question, option_log_probabilities(model, question))
+    logits = _logits(model, question, question.target or (-1,))
+    return completed(question, read_facts(logits, question.target, question.rival))
+
+
+def _logits(model, question, target):
+    """The logits [tokens of the target, vocab] by which each of its tokens is chosen, float32."""
     ids = torch.cat([question.input_ids, question.input_ids.new_tensor([target[:-1]])], dim=1)
     with torch.inference_mode(), float32_logits(model):
         logits = model(ids, use_cache=False, logits_to_keep=len(target)).logits
-    logits = logits[0, -len(target) :].float()  # [tokens of the target, vocab]
-    return completed(question, read_facts(logits, question.target, question.rival))
+    return logits[0, -len(target) :].float()
 
 
 ANSWER = 40  # tokens of the model's own answer, where no number is given
@@ -184,6 +230,7 @@ def read_question(
     target_ids: Sequence[int] | None = None,
     foil_ids: Sequence[int] | None = None,
     answer: int | str | bool | None = None,
+    options: Sequence[str] | None = None,
     units: str = "tokens",
     sources: Sequence[str] | None = None,
     chat: bool = False,
@@ -197,7 +244,8 @@ def read_question(
 
     ``model`` tells the longest text it reads and the size of its embedding table, and writes the
     answer where its own is asked for; without a model, ``context`` and ``vocabulary`` tell the
-    sizes, and ``None`` checks neither. Without a target the question is open.
+    sizes, and ``None`` checks neither. Without a target the question is open, and so is one of
+    three options and more.
     """
     if objective not in OBJECTIVES:
         known = " or ".join(OBJECTIVES)
@@ -217,6 +265,14 @@ def read_question(
     notes: list[str] = []
     rivals: list[Rival] = []
     named = partial(_named, tokenizer, read, notes, rivals)
+    compared: list[str] = []
+    if options is not None:
+        if target_ids is not None or foil_ids is not None:
+            raise bad_options("It has options and token ids: keep one of them.")
+        target, foil, compared = read_options(options, target, foil, answer)
+    every = [_read_option(tokenizer, read, option) for option in compared]
+    place = compared.index(target) if compared and target is not None else None
+    target = None if compared else target  # read once, as an option
     ids, others = named("target", target, target_ids), named("foil", foil, foil_ids)
     if answer is not None and answer is not False:
         bad_answer = partial(InputError, field="answer")
@@ -231,9 +287,12 @@ def read_question(
                 f"The answer {answer!r} is neither a text nor a number of tokens from 1."
             )
     room = ANSWER if answer is True else answer if isinstance(answer, int) else 0
-    room = max(room, len(ids or ()), len(others or ()))
-    _check_size(tokenizer, read, [ids, others], room, context, vocabulary)
-    _check_tokens(tokenizer, "foil", others or ())
+    roles = [("target", ids), ("foil", others), *(("option", option.ids) for option in every)]
+    room = max(room, *(len(some or ()) for _, some in roles))
+    _check_size(tokenizer, read, roles, room, context, vocabulary)
+    for role, some in roles[1:]:
+        _check_tokens(tokenizer, role, some or ())
+    _check_alternatives(every)
     grouping = "sources" if sources is not None else units
     chat_given = chat or not isinstance(prompt, str)
     if grouping not in FINE and not chat_given and sum(p != "template" for p in read.parts) == 1:
@@ -263,6 +322,8 @@ def read_question(
         objective=objective,
         grouping=grouping,
         sources=tuple(sources or ()),
+        options=tuple(every),
+        named=place,
         read=read,
         tokenizer=tokenizer,
         rival=tuple(rivals),
@@ -270,6 +331,42 @@ def read_question(
     if ids is None and answer and model is not None:
         return with_answer(model, question, room)
     return question if ids is None else with_target(question, ids)
+
+
+def option_log_probabilities(model: Any, question: Question) -> list[float]:
+    """The log-probability of each option as a whole, given the prompt, in nats.
+
+    A pass over the prompt for all options of one token together, and one for each other option.
+    """
+    first, found = None, []
+    for option in question.options:
+        alone = len(option.ids) == 1
+        logits = first if alone and first is not None else _logits(model, question, option.ids)
+        first = logits if alone else first
+        ids = torch.tensor(option.ids, device=logits.device)
+        found.append(float(logits.log_softmax(dim=-1).gather(1, ids[:, None]).sum()))
+    return found
+
+
+def with_likeliest(question: Question, log_probabilities: Sequence[float]) -> Question:
+    """``question`` about its likeliest option, or the named one, rather than the next of them.
+
+    ``log_probabilities`` are those of the options, in nats; of equal ones the first counts.
+    """
+    pairs = zip(question.options, log_probabilities, strict=True)
+    options = tuple(option._replace(log_probability=value) for option, value in pairs)
+    order = sorted(range(len(options)), key=lambda place: -log_probabilities[place])
+    target = options[order[0] if question.named is None else question.named]
+    foil = next(options[place] for place in order if options[place] is not target)
+    question = replace(
+        question,
+        options=options,
+        foil=foil.ids,
+        foil_label=foil.label,
+        notes=(*target.notes, *foil.notes, *question.notes),
+        rival=(*target.rival, *foil.rival),
+    )
+    return with_target(question, target.ids)
 
 
 def with_target(question: Question, target: Sequence[int]) -> Question:
@@ -478,10 +575,16 @@ def top_tokens(
 # --- target and foil ---------------------------------------------------------------------------
 
 
+def _field(role):
+    """The key of an entry that names it."""
+    return "options" if role == "option" else role
+
+
 def _named(tokenizer, read, notes, rivals, role, text, ids=None):
     """The ids of what is named by text or by ids, or ``None``; adds to its notes and rivals."""
+    bad = partial(InputError, field=_field(role))
     if text is not None and ids is not None:
-        raise InputError(f"Give the {role} as text or as ids, not both.", field=role)
+        raise bad(f"Give the {role} as text or as ids, not both.")
     if ids is not None:
         by = f"{role}_ids"
         if isinstance(ids, str) or not isinstance(ids, Sequence | torch.Tensor) or not len(ids):
@@ -493,14 +596,15 @@ def _named(tokenizer, read, notes, rivals, role, text, ids=None):
     if text is None:
         return None
     if not isinstance(text, str) or not text:
-        hint = "" if isinstance(text, str) or role == "answer" else f" Ids go by {role}_ids."
+        by_ids = role in ("target", "foil") and not isinstance(text, str)
+        hint = f" Ids go by {role}_ids." if by_ids else ""
         must = "is empty: it must" if text == "" else "must"
-        raise InputError(f"The {role} {must} be text, such as ' Riga'.{hint}", field=role)
+        raise bad(f"The {role} {must} be text, such as ' Riga'.{hint}")
     if half_a_pair(text):
-        raise InputError(f"The {role} has half of a surrogate pair in it.", field=role)
+        raise bad(f"The {role} has half of a surrogate pair in it.")
     found, merged = continuation(tokenizer, read, text)
     if not found:
-        raise InputError(f"The {role} {text!r} has no token this model knows.", field=role)
+        raise bad(f"The {role} {text!r} has no token this model knows.")
     pieces = token_labels(tokenizer, found, read.ids)
     if merged:
         notes.append(
@@ -530,14 +634,14 @@ def _check_size(tokenizer, read, named, room, context, vocabulary):
                 f"The prompt holds {token.content!r}, which was added to the tokenizer and for "
                 "which the model has no embedding: resize its embeddings, or take the token out."
             )
-    for role, some in zip(("prompt", "target", "foil"), (ids, *named), strict=True):
+    for role, some in [("prompt", ids), *named]:
         for each in some or ():
             if each < 0 or (vocabulary is not None and each >= vocabulary):
                 most = f" to {vocabulary - 1:,}" if vocabulary else ""
                 raise InputError(
                     f"The {role} holds the token id {each}, for which the model has no embedding: "
                     f"ids go from 0{most}.",
-                    field=role,
+                    field=_field(role),
                 )
 
 
@@ -548,7 +652,25 @@ def _check_tokens(tokenizer, role, ids):
             raise InputError(
                 f"The {role} holds the token id {each}, a row of the embedding table that stands "
                 "for no token: name another one, or fetch the model's own tokenizer.",
-                field=role,
+                field=_field(role),
+            )
+
+
+def _read_option(tokenizer, read, text):
+    notes: list[str] = []
+    rivals: list[Rival] = []
+    ids = _named(tokenizer, read, notes, rivals, "option", text)
+    label = decoded(tokenizer, ids, read.ids)
+    return Option(ids, label, notes=tuple(notes), rival=tuple(rivals))
+
+
+def _check_alternatives(options):
+    """No option may go on from another one: then the two are no alternatives."""
+    for some, longer in itertools.permutations(options, 2):
+        if longer.ids[: len(some.ids)] == some.ids:
+            raise bad_options(
+                f"The options {some.label!r} and {longer.label!r} begin alike and one of them ends "
+                "there, so they are no alternatives: write both to the end of a word."
             )
 
 

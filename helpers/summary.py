@@ -32,7 +32,7 @@ from helpers.prompts import (
     shortened,
     token_labels,
 )
-from helpers.questions import Question, greedy_answer
+from helpers.questions import Option, Question, greedy_answer
 from helpers.tables import NOT_WRITTEN, ranked_units, written_first
 
 TRUSTED = ("find_then_rank", "occlusion", "relevance")  # see "Which method to believe", README
@@ -57,13 +57,19 @@ class Without:
 
     ``units`` are their numbers, ``log_probability`` is that of the target in nats, ``against`` its
     probability if the answer had to be target or foil (``None`` without a foil), ``moved`` how far
-    the objective fell, in nats.
+    the objective fell, in nats. ``options`` are the log-probabilities of the question's options,
+    and ``shares`` their probabilities if the answer had to be one of them.
     """
 
     units: tuple[int, ...]
     log_probability: float
     against: float | None
     moved: float
+    options: tuple[float, ...] = ()
+
+    @property
+    def shares(self) -> list[float]:
+        return torch.tensor(self.options).softmax(dim=0).tolist()
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,8 +112,14 @@ class Summary:
         if foil is None:
             return f"Why {self._target}?"
         alike = target.strip() == foil.strip()
-        pair = (repr(target), repr(foil)) if alike else (self._target, quoted(foil))
-        return "Why {} rather than {}?".format(*pair)
+        names = told_apart([target, foil]) if alike else (self._target, quoted(foil))
+        pair = "Why {} rather than {}".format(*names)
+        options = self.question.options
+        if not options:
+            return f"{pair}?"
+        likeliest = max(range(len(options)), key=self.whole.options.__getitem__)
+        place = "next" if options[likeliest].ids == self.question.target else "likeliest"
+        return f"{pair}, the {place} of {len(options)} options?"
 
     @property
     def answered(self) -> str:
@@ -124,6 +136,9 @@ class Summary:
             told = f"Asked about {target}: {share}. The model itself goes on with {goes_on}."
         if self.whole.against is None:
             return told
+        if question.options:
+            share = self.whole.shares[self._place]
+            return f"{told} Had it to be one of the {len(question.options)}: {percent(share)}."
         return f"{told} Had it to be one of the two: {percent(self.whole.against)}."
 
     @property
@@ -133,6 +148,11 @@ class Summary:
         if self.character and not label.strip(f"{BROKEN} "):
             return f"a part of {quoted(self.character)}"
         return quoted(label)
+
+    @property
+    def _place(self):
+        """Which of the options is the target."""
+        return [option.ids for option in self.question.options].index(self.question.target)
 
     @property
     def _long(self):
@@ -156,20 +176,75 @@ class Summary:
             what = "the probability of a token of the answer"
         if foil is not None:
             what = f"{self._target} against {quoted(foil)}"
+        options = self.question.options
+        if options:
+            names = told_apart([option.label for option in options])
+            what = f"{names[self._place]} among the {len(names)} options"
         told = []
         for found in self.without:
-            names = [self._name(unit) for unit in found.units]
-            name = names[0] if len(names) == 1 else f"all {('', '', 'two', 'three')[len(names)]}"
-            falls = "falls" if found.moved > 0 else "rises"
+            gone = [self._name(unit) for unit in found.units]
+            name = gone[0] if len(gone) == 1 else f"all {('', '', 'two', 'three')[len(gone)]}"
+            falls, then = found.moved > 0, ""
             both = [
                 self._share(some) if some.against is None else percent(some.against)
                 for some in (self.whole, found)
             ]
-            if both[0] == both[1]:
-                told.append(f"Without {name}, {what} stays at {both[0]}.")
-            else:
-                told.append(f"Without {name}, {what} {falls} from {both[0]} to {both[1]}.")
+            if options:
+                was, shares = self.whole.shares, found.shares
+                falls = shares[self._place] < was[self._place]
+                both = [percent(some[self._place]) for some in (was, shares)]
+                first = shares.index(max(shares))
+                if first not in (self._place, was.index(max(was))):
+                    then = f"; the likeliest is then {names[first]} ({percent(shares[first])})"
+            moves = f"{'falls' if falls else 'rises'} from {both[0]} to {both[1]}"
+            moves = f"stays at {both[0]}" if both[0] == both[1] else moves
+            told.append(f"Without {name}, {what} {moves}{then}.")
         return told
+
+    @property
+    def option_rows(self) -> list[list[str]]:
+        """The options as a table of text, a header first and the likeliest option next.
+
+        Columns: the option, its probability, its share if the answer had to be one of them, and
+        that share without each of the strongest units and without all of them. No rows where the
+        question has no options.
+        """
+        options = self.question.options
+        if not options:
+            return []
+        numbers = [len(found.units) == 1 for found in self.without]
+        columns = [f"without {at + 1}" if one else "without all" for at, one in enumerate(numbers)]
+        rows = [["option", "probability", "share", *columns]]
+        names, shares = told_apart([option.label for option in options]), self._shares
+        for at in sorted(range(len(options)), key=lambda at: -self.whole.options[at]):
+            chance = percent(math.exp(self.whole.options[at]))
+            rows.append([names[at], chance, *(percent(some[at]) for some in shares)])
+        return rows
+
+    @property
+    def _shares(self):
+        """Those of the options with all units there, and without some: [1 + without, options]."""
+        return [self.whole.shares, *(found.shares for found in self.without)]
+
+    def _options_html(self):
+        """The table of the options; the likeliest of each column is bold."""
+        rows = self.option_rows
+        if not rows:
+            return
+        yield '<p class="legend">Share: of an answer that had to be one of these, found by running '
+        yield "the model without the units of these numbers. The likeliest is bold.</p>"
+        heads = "".join(f'<th scope="col">{head}</th>' for head in rows[0])
+        yield f'<div class="options"><table><thead><tr>{heads}</tr></thead><tbody>'
+        order = sorted(range(len(rows) - 1), key=lambda at: -self.whole.options[at])
+        best = [order[0], *(shares.index(max(shares)) for shares in self._shares)]
+        for at, (name, *cells) in zip(order, rows[1:], strict=True):
+            yield f'<tr><th scope="row" dir="auto">{html.escape(name)}</th>'
+            told = [
+                f"<b>{cell}</b>" if at == most else cell
+                for cell, most in zip(cells, best, strict=True)
+            ]
+            yield f"{''.join(f'<td>{cell}</td>' for cell in told)}</tr>"
+        yield "</tbody></table></div>"
 
     def facts(self) -> dict[str, Any]:
         """Plain values for ``report.json``."""
@@ -184,6 +259,7 @@ class Summary:
                 name: [shortened(label) for label in labels]
                 for name, labels in self.top_units.items()
             },
+            "options": self._option_facts(),
             "inside": [] if self.inside is None else self.inside.facts()["without"],
             "without": [
                 {"units": [shortened(self.question.units[unit].label) for unit in found.units]}
@@ -194,8 +270,19 @@ class Summary:
             "warnings": self.notes,
         }
 
+    def _option_facts(self):
+        shares = list(zip(*self._shares, strict=True))  # [options, 1 + without]
+        return [
+            {"option": option.label, "probability": math.exp(self.whole.options[at])}
+            | {"share": shares[at][0], "without": list(shares[at][1:])}
+            for at, option in enumerate(self.question.options)
+        ]
+
     def __repr__(self) -> str:
         lines = [self.heading, self.answered, *self.removed]
+        if self.question.options:
+            head, *rows = self.option_rows
+            lines.append(pd.DataFrame(rows, columns=head).to_string(index=False))
         if self.inside is not None:
             lines += [f"Inside {self._name(self.strongest[0])}:", *self.inside.removed]
         lines += [*self.trust, *self.notes]
@@ -217,6 +304,7 @@ class Summary:
             *(f'<li dir="auto">{html.escape(line)}</li>' for line in self._each),
             "</ol>",
             *(f"<p>{html.escape(line)}</p>" for line in self._together),
+            *self._options_html(),
             f'<p class="trust {self.borne_out}"><b>{self.verdict}</b> '
             f"{html.escape(' '.join(self.trust))}</p>",
             *(f'<p class="warning">{html.escape(note)}</p>' for note in self.notes),
@@ -498,24 +586,29 @@ def probabilities_without(
     kept = torch.ones(len(groups), len(question.units), dtype=torch.bool)
     for row, group in zip(kept, groups, strict=True):
         row[list(group)] = False
-    question = replace(question, objective="log_probability")
-
-    def run(some):
-        with asking(model, [some]) as asked:
-            whole, (values,) = coalition_values(asked, [kept])
-        return whole[0].sum().item(), values.sum(dim=1).tolist()
-
-    alone = run(replace(question, foil=None, foil_label=None))
-    both = run(question) if question.foil is not None else alone
-    sides = [None if question.foil is None else _sigmoid(value) for value in both[1]]
+    target, foil = question.target or (), question.foil
+    compared = [option.ids for option in question.options] or [target]
+    some = replace(question, objective="log_probability")
+    if foil is not None:  # all that is compared is read in one run
+        compared = compared if question.options else [target, foil]
+        options = tuple(Option(ids, "") for ids in compared)
+        some = replace(some, target=None, foil=None, foil_label=None, options=options)
+    with asking(model, [some], each=True) as asked:
+        whole, (values,) = coalition_values(asked, [kept])
+    each = torch.cat([whole, values]).cpu().double()  # [1 + groups, tokens of all compared]
+    each = torch.stack([of.sum(dim=1) for of in each.split(list(map(len, compared)), dim=1)], dim=1)
+    asked_for = each[:, compared.index(target)]
+    objective = asked_for if foil is None else asked_for - each[:, compared.index(foil)]
     return [
-        Without(tuple(group), value, side, both[0] - objective)
-        for group, value, side, objective in zip(groups, alone[1], sides, both[1], strict=True)
+        Without(
+            units=tuple(group),
+            log_probability=asked_for[row].item(),
+            against=None if foil is None else objective[row].sigmoid().item(),
+            moved=(objective[0] - objective[row]).item(),
+            options=tuple(each[row].tolist()) if question.options else (),
+        )
+        for row, group in enumerate(groups, start=1)
     ]
-
-
-def _sigmoid(value):
-    return torch.tensor(value).sigmoid().item()
 
 
 def _trust(question, method, first, found, tested):
@@ -662,6 +755,12 @@ def quoted(text: str) -> str:
     text = f"{text.rstrip(BROKEN)}…" if text.endswith(BROKEN) else text  # which goes on
     inner = text.strip() or repr(text)[1:-1]
     return f"“{inner if len(inner) <= FEW else inner[: FEW - 1] + '…'}”"
+
+
+def told_apart(texts: Sequence[str]) -> list[str]:
+    """Texts in quotes, as people write them or, where that makes two of them alike, as they are."""
+    found = [quoted(text) for text in texts]
+    return found if len(set(found)) == len(found) else [repr(text) for text in texts]
 
 
 def percent(share: float) -> str:

@@ -80,6 +80,7 @@ def run_all(
         say(planned(cores=cores).text)
     if scheduler is None:  # else the memory is that of other machines
         refuse_what_does_not_fit(jobs, workers=workers or 1, **given)
+    jobs.keep()  # nothing is written before all that can be refused has been
     if dry_run and attempts is None:
         return 0, False
     tried = None if attempts is None else spread(jobs, attempts, done)

@@ -137,6 +137,10 @@ def ask_command(
     prompt: Annotated[str, typer.Argument(help="The text that is asked.")],
     target: Annotated[str | None, typer.Option(help="Why this text comes next.")] = None,
     foil: Annotated[str | None, typer.Option(help="Rather than this text.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="A text to compare (repeatable): why the likeliest, not the next?"),
+    ] = None,
     answer: Annotated[
         int | None, typer.Option(min=1, help="Explain an answer of at most so many tokens.")
     ] = None,
@@ -164,6 +168,7 @@ def ask_command(
 
         loaded, tokenizer = load_model(model, dtype=dtype)
         asked: dict[str, Any] = {"target": target, "foil": foil, "answer": answer, "chat": chat}
+        asked["options"] = option or None
         question = ask(loaded, tokenizer, prompt, **asked, units=units or "tokens")
         found = explain(loaded, question if units else default_units(question), method)
         if html is not None:

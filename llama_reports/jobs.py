@@ -27,7 +27,8 @@ from llama_reports.versions import code_version, model_digest
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 DIGITS = (0, 6, 16, 32)  # of a question's digest in a folder's name
-ASKED = ("target", "foil", "units", "sources", "chat", "raw")  # as a notebook and `ask` call them
+# as a notebook and `ask` call them
+ASKED = ("target", "foil", "options", "units", "sources", "chat", "raw")
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Plan:
     folders: a job's slug is then its id, or empty. ``rows`` is what ``open_entries`` gave of the
     file, where that was called before.
 
-    What the check has found is kept in ``out`` as ``plan.parquet``: the next plan of the same file,
-    model, code and choices reads that. Iterating reads it again and makes one ``Job`` at a time, so
+    ``keep`` leaves what the check has found in ``out``, as ``plan.parquet``: the next plan of the
+    same file, model, code and choices reads that. Iterating reads it again and makes one ``Job`` at a time, so
     what is held of a prompt is a few numbers, one array [jobs] of each: ``tokens`` are the lengths
     of what is read, ``units`` the scores of a method, ``outputs`` the tokens explained (at most,
     where the model is to answer), and ``kinds`` says which of ``asked``, a list of ``(notebook,
@@ -125,8 +126,12 @@ class Plan:
                 f"{out} has reports of another model under {len(taken.others):,} of these names "
                 f"({taken.others[0]}): choose another --out, or give --replace."
             )
-        if out is not None and kept is None:
-            self._kept.keep(Path(out))
+        self._keeps = None if out is None or kept else Path(out)
+
+    def keep(self) -> None:
+        """Keep the check in ``out``, a folder that is made where there is none."""
+        if self._keeps is not None:
+            self._kept.keep(self._keeps)
 
     def _found_by(self):
         """The digest of the file, and that of all else that what the check finds depends on."""
@@ -171,7 +176,7 @@ class Plan:
                 continue
             seen[short] = row.at
             more = max(1, parameters.get("answer", 1)) - 1  # tokens that the model is yet to write
-            outputs = len(read.target or (0,)) + more + max(0, len(read.foil or ()) - 1)
+            outputs = read.most_outputs + more
             kind = kinds.setdefault((source, frozenset(parameters.get("methods", ()))), len(kinds))
             writer.add(row, entry, (read.input_ids.shape[1], len(read.units) + more, outputs, kind))
         bad.refuse(count)

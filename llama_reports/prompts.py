@@ -35,7 +35,7 @@ from pydantic import (
 from yaml.composer import Composer
 
 from helpers.errors import InputError
-from helpers.prompts import check_messages
+from helpers.prompts import check_messages, check_text, read_options
 
 LONGEST_LINE = 2**24  # bytes
 EARLY = 1000  # entries that are read before anything slow is done
@@ -135,8 +135,8 @@ class Entry(BaseModel):
     """One entry of a prompts file. A plain string stands for ``{prompt: that string}``.
 
     What the keys mean is said in docs/reports.md. Whether a tokenizer can read them is left to
-    ``helpers.questions.read_question``. ``options`` are read as target and foil, and an answer that
-    stands at the end of ``messages`` as ``answer``.
+    ``helpers.questions.read_question``. Two ``options`` are read as target and foil, and an answer
+    that stands at the end of ``messages`` as ``answer``.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -162,31 +162,22 @@ class Entry(BaseModel):
             raise InputError("The key 'prompt' is missing: write it, or messages.", field="prompt")
         if self.prompt is not None and self.messages is not None:
             raise InputError("It has a prompt and messages: keep one of them.", field="messages")
+        if self.prompt is not None:
+            check_text(self.prompt, "prompt", "The prompt")
         return self
 
     @model_validator(mode="after")
     def _read_options(self):
-        if self.options is None:
-            return self
-        bad_options = partial(InputError, field="options")
-        if self.foil is not None or self.answer:
-            other = "an answer" if self.foil is None else "a foil"
-            raise bad_options(f"It has options and {other}: keep one of them.")
-        if len(set(self.options)) != 2 or len(self.options) != 2:
-            raise bad_options(
-                "Options are compared two at a time: give two that differ, and more in an entry "
-                "for each pair."
-            )
-        if self.target not in (None, *self.options):
-            raise bad_options(f"The target {self.target!r} is none of the options: choose one.")
-        self.target = self.options[0] if self.target is None else self.target
-        (self.foil,) = (option for option in self.options if option != self.target)
+        if self.options is not None:
+            found = read_options(self.options, self.target, self.foil, self.answer)
+            self.target, self.foil, options = found
+            self.options = options or None
         return self
 
     @model_validator(mode="after")
     def _read_answer(self):
-        said, explained = self.messages, (self.target, self.foil, self.answer)
-        if said and said[-1]["role"] == "assistant" and explained == (None, None, None):
+        said, explained = self.messages, (self.target, self.foil, self.answer, self.options)
+        if said and said[-1]["role"] == "assistant" and explained == (None,) * 4:
             self.answer = said.pop()["content"]  # as in a file for fine-tuning
         return self
 
@@ -583,8 +574,10 @@ def _yaml_entry(loader, node):
         _refuse_twice(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         for key, value in node.value:
             is_text = isinstance(key, yaml.ScalarNode) and _key(key.value) in _TEXTS
-            if is_text and value.tag in _NUMBERS and str(value.value).lower() != ".nan":
-                value.tag = "tag:yaml.org,2002:str"  # 0x10 and 1_000 as they are written
+            values = value.value if is_text and value.id == "sequence" else [value]
+            for some in values if is_text else ():
+                if some.tag in _NUMBERS and str(some.value).lower() != ".nan":
+                    some.tag = "tag:yaml.org,2002:str"  # 0x10 and 1_000 as they are written
     try:
         return loader.construct_document(node)
     except (ValueError, RecursionError):  # the 45th of May, a number of 5,000 digits

@@ -24,7 +24,7 @@ from llama_reports.versions import code_version
 # What a notebook says of itself in summary.json, and report.json passes on.
 SUMMARY = [
     *("heading", "answered", "answer", "probability", "method", "strongest", "top_units"),
-    *("without", "inside", "trust", "warnings"),
+    *("without", "options", "inside", "trust", "warnings"),
 ]
 ATTEMPTS = 2  # kernels that may die of one prompt
 STARTS = 5  # kernels that may die before they are ready, which is no fault of a prompt

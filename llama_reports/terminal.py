@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -38,11 +39,21 @@ def print_summary(summary: "Summary", console: Console | None = None) -> None:
     line()
     for number, sentence in enumerate(summary.removed, 1):
         line(f"{number}. {sentence}" if number <= len(summary.strongest) else sentence)
+    if summary.question.options:
+        console.print(_options(summary))
     told, colour = summary.verdict, {"yes": "green", "weak": "yellow", "no": "red"}
     text = Text(told, f"bold {colour[summary.borne_out]}")
     console.print(text, Text(inert(" ".join(summary.trust))), soft_wrap=True)
     for note in summary.notes:
         line(f"Note: {note}", "yellow")
+
+
+def _options(summary):
+    head, *rows = summary.option_rows
+    table = Table(*head, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(inert(cell)) for cell in row))
+    return table
 
 
 def inert(text: str) -> str:

@@ -57,6 +57,7 @@ prompt: str = "The keys to"
 messages: list = []
 target: str = ""
 foil: str = ""
+options: list = []
 answer: int = 0
 answer_text: str = ""
 units: str = "tokens"
@@ -70,7 +71,8 @@ output_dir: str = "."
 ---
 model, tokenizer = load_model(model_name)
 asked = {"target": target or None, "foil": foil or None, "answer": answer_text or answer or None}
-asked |= {"units": units, "sources": sources or None, "chat": chat, "raw": raw}
+asked |= {"options": options or None, "units": units}
+asked |= {"sources": sources or None, "chat": chat, "raw": raw}
 question = ask(model, tokenizer, messages or prompt, **asked)
 result = attribute(model, question, "relevance")
 ---

@@ -1,6 +1,8 @@
-"""What tests of whole runs share: a notebook to run, patience, and the scores that a run leaves."""
+"""What tests of whole runs share: a notebook to run, patience, and what a run leaves."""
 
+import re
 import time
+from xml.etree import ElementTree
 
 import nbformat
 import pandas as pd
@@ -31,3 +33,10 @@ def scores(out):
     """``scores.parquet`` in an order that does not depend on that of the run."""
     table = pd.read_parquet(out / "scores.parquet")
     return table.sort_values(["slug", "method", "output", "unit"], ignore_index=True)
+
+
+def option_rows(page):
+    """The cells of a page's table of options, as text."""
+    table = re.search('<div class="options">(<table>.*?</table>)', page, flags=re.DOTALL)[1]
+    rows = ElementTree.fromstring(table).iter("tr")
+    return [["".join(cell.itertext()) for cell in row] for row in rows]

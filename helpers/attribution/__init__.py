@@ -148,6 +148,8 @@ def attribute_all(
     ``budget``, a method that it does not allow for a prompt is left out there; those ``beside`` are
     run in the same report, and not here.
 
+    One of options is about the likeliest of them, which passes of its own find first.
+
     ``seconds`` is a pass's time shared evenly among its rows, and among the methods that read it.
     What takes longer than two seconds has a bar where somebody sees it: see ``helpers.progress``.
 
@@ -168,6 +170,7 @@ def attribute_all(
     beside, stream = list(beside), iter(questions)
     decide = precision is not None or in_half_precision(model)
     while held := list(islice(stream, HELD)):
+        held = [ask_of(model, some) if some.undecided else some for some in held]
         held = _decided(model, held) if decide else held
         with working_precision(model, precision):  # never between two questions that come back
             done = _attribute_held(model, held, wanted, each, budget, beside, decide)
@@ -207,7 +210,11 @@ def _attribute_held(model, questions, wanted, each, budget, beside=(), decided=F
 
 def _rows(units, tokens, options):
     """About how many rows the methods run for a question, with a gradient and without."""
-    prices = [METHODS[name].price(units, tokens, some) for name, some in options.items()]
+    whole = {  # without a budget, what a method needs may not be said
+        name: (METHODS[name].options(units, tokens, BUDGET) or {}) | some
+        for name, some in options.items()
+    }
+    prices = [METHODS[name].price(units, tokens, some) for name, some in whole.items()]
     return sum(price.gradients + price.forwards for price in prices)
 
 

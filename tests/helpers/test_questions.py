@@ -3,6 +3,7 @@
 import base64
 import copy
 import hashlib
+import math
 import re
 import string
 import zipfile
@@ -17,10 +18,18 @@ from tokenizers import processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from helpers import InputError, ask, attribute, tiny_llama
+from helpers import InputError, ask, attribute, attribute_all, tiny_llama
+from helpers.faithfulness import erasure_curves
 from helpers.models import _download_wheel, load_tokenizer
 from helpers.prompts import read_prompt, token_labels
-from helpers.questions import ask_of, greedy_answer, read_question, top_tokens, with_answer
+from helpers.questions import (
+    ask_of,
+    greedy_answer,
+    read_question,
+    top_tokens,
+    with_answer,
+    with_likeliest,
+)
 
 LATVIA = "The capital city of Latvia is"
 MANY_SCRIPTS = [
@@ -584,6 +593,101 @@ def test_an_added_token_without_an_embedding_is_refused(content, special):
 )
 def test_a_question_that_means_nothing_is_refused(tiny, options, said):
     assert said in refusal(*tiny, "The cat", **options)
+
+
+# --- options -----------------------------------------------------------------------------------
+
+CITIES = [" Tallinn", " Vilnius", " Riga", " Minsk"]
+
+
+@pytest.mark.parametrize("which", ["tiny", "bundled", "sentencepiece"])
+def test_of_options_the_likeliest_is_compared_with_the_next(which, request):
+    loaded = SENTENCEPIECE if which == "sentencepiece" else request.getfixturevalue(which)
+    question = ask(*loaded, LATVIA, options=CITIES)
+    ids = question.input_ids[0].tolist()
+    alone = [ask(*loaded, LATVIA, target=city).target for city in CITIES]
+    assert [option.ids for option in question.options] == alone
+    assert [option.label for option in question.options] == CITIES
+    chances = [chance(loaded[0], ids, target) for target in alone]
+    told = [math.exp(option.log_probability) for option in question.options]
+    assert told == pytest.approx(chances, rel=1e-3)
+    order = sorted(range(4), key=lambda place: -chances[place])
+    assert (question.target, question.foil) == (alone[order[0]], alone[order[1]])
+    assert question.probability == pytest.approx(chances[order[0]], rel=1e-3)
+    pair = ask(*loaded, LATVIA, target=CITIES[order[0]], foil=CITIES[order[1]])
+    notes = [note.replace("the target ", "the option ") for note in pair.notes]
+    notes = [note.replace("the foil ", "the option ") for note in notes]
+    assert (question.units, list(question.notes)) == (pair.units, notes)
+    last = ask(*loaded, LATVIA, options=CITIES, target=CITIES[order[3]])
+    assert (last.target, last.foil) == (alone[order[3]], alone[order[0]])
+    assert last.target_label == CITIES[order[3]]
+
+
+def test_options_are_chosen_among_in_a_stream_of_questions_as_alone(tiny):
+    entries = [{"options": ["a", "bcd", "bce"]}, {"target": "a"}, {"options": ["x", "y", "zz"]}]
+    questions = [read_question(tiny[1], LATVIA, model=tiny[0], **some) for some in entries]
+    assert [q.undecided for q in questions] == [True, False, True]
+    assert [q.most_outputs for q in questions] == [5, 1, 2]
+    for (question, results), some in zip(
+        attribute_all(tiny[0], questions, ["occlusion", "relevance"]), entries, strict=True
+    ):
+        asked = ask(*tiny, LATVIA, **some)
+        assert (question.target, question.foil) == (asked.target, asked.foil)
+        for name, result in results.items():
+            scores = attribute(tiny[0], asked, name).scores
+            assert torch.allclose(result.scores, scores, atol=1e-4)
+    with pytest.raises(InputError, match="none of them is its target yet"):
+        erasure_curves(tiny[0], questions[0], torch.arange(len(questions[0].units))[None])
+
+
+def test_two_options_are_target_and_foil_and_no_pass_is_run_for_them(tiny):
+    one = read_question(tiny[1], LATVIA, options=["ab", "cd"])
+    other = read_question(tiny[1], LATVIA, options=["cd", "ab"], target="ab")
+    pair = read_question(tiny[1], LATVIA, target="ab", foil="cd")
+    assert (one.target, one.foil, one.options) == (pair.target, pair.foil, ())
+    assert (other.target, other.foil) == (pair.target, pair.foil)
+
+
+def test_of_equally_likely_options_the_first_is_the_target(tiny):
+    question = read_question(tiny[1], LATVIA, options=["c", "a", "b"])
+    found = with_likeliest(question, [-2.0, -1.0, -1.0])
+    assert (found.target_label, found.foil_label) == ("a", "b")
+
+
+def test_a_space_that_is_missing_is_told_of_the_two_that_are_compared(bundled):
+    question = ask(*bundled, LATVIA, options=["Tallinn", "Riga", "Vilnius", "Minsk"])
+    near = [note for note in question.notes if "nearer" in note]
+    texts = [question.target_label, question.foil_label]
+    assert len(near) == 2 and all(any(repr(f" {some}") in n for n in near) for some in texts)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"options": ["a"]}, "give at least two"),
+        ({"options": []}, "give at least two"),
+        ({"options": "ab"}, "no list of texts"),
+        ({"options": ["a", 2, "b"]}, "no list of texts"),
+        ({"options": ["a", "b", "a"]}, "is there twice"),
+        ({"options": list(string.ascii_letters[:21])}, "at most 20"),
+        ({"options": ["c", "ab", "a"]}, "The options 'a' and 'ab' begin alike"),
+        ({"options": ["a", "b", ""]}, "The option is empty"),
+        ({"options": ["a", "b", "\ud83d"]}, "The option has half of a surrogate pair"),
+        ({"options": ["a", "b", "c"], "target": "d"}, "is none of the options"),
+        ({"options": ["a", "b", "c"], "foil": "a"}, "options and a foil"),
+        ({"options": ["a", "b", "c"], "answer": 2}, "options and an answer"),
+        ({"options": ["a", "b", "c"], "target_ids": [68]}, "options and token ids"),
+    ],
+    ids=repr,
+)
+def test_options_that_mean_nothing_are_refused(tiny, options, said):
+    assert said in refusal(*tiny, "The cat", **options)
+
+
+def test_an_option_longer_than_what_the_model_reads_is_refused(tiny):
+    with pytest.raises(InputError, match="shorten"):
+        read_question(tiny[1], "Riga", options=["a", "bcdef", "g"], context=7)
+    assert read_question(tiny[1], "Riga", options=["a", "bcdef", "g"], context=8).undecided
 
 
 def test_a_foil_that_is_the_models_own_next_token_is_refused(bundled):

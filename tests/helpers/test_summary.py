@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from linear_model import LinearCausalModel
+from running import option_rows
 
 from helpers import ask, attribute, attribute_all
 from helpers.attribution import objective
@@ -116,6 +117,89 @@ def test_on_a_linear_model_the_strongest_units_are_those_with_the_largest_scores
     assert list(summary.strongest) == best
     assert summary.without[0].moved == pytest.approx(scores[best[0]].item(), abs=1e-4)
 
+
+OPTIONS = ["bcd", "a", "bce", "xy"]
+
+
+@pytest.mark.parametrize("replacement", ["mean", "remove"])
+def test_shares_of_options_are_those_of_the_model_run_by_hand(tiny, replacement):
+    model, tokenizer = tiny
+    units = "tokens" if replacement == "mean" else "sentences"  # sentences are taken out
+    question = ask(model, tokenizer, "The keys. To the.", options=OPTIONS, units=units)
+    blank = baseline_embeds(model, question, "mean")
+    table = model.get_input_embeddings()
+    embeds = table(question.input_ids)
+    last = len(question.units) - 1
+    groups = [(), (0,), (0, last)] if replacement == "mean" else [(), (0,), (last,)]
+    for found in probabilities_without(model, question, groups):
+        gone = [place for unit in found.units for place in question.units[unit].positions]
+        changed = embeds.clone()
+        changed[0, gone] = blank[0, gone]
+        if replacement == "remove":
+            stay = [place for place in range(embeds.shape[1]) if place not in gone]
+            changed = embeds[:, stay]
+        expected = []
+        for option in question.options:
+            rest = table(torch.tensor([option.ids]))
+            with torch.no_grad():
+                rows = model(inputs_embeds=torch.cat([changed, rest], dim=1)).logits
+            rows = rows[0, -len(option.ids) - 1 : -1].double().log_softmax(dim=-1)
+            chances = [rows[at, token].item() for at, token in enumerate(option.ids)]
+            expected.append(sum(chances))
+        assert found.options == pytest.approx(expected, abs=1e-4)
+        whole = sum(math.exp(value) for value in expected)
+        shares = [math.exp(value) / whole for value in expected]
+        assert found.shares == pytest.approx(shares, rel=1e-3)
+        assert sum(found.shares) == pytest.approx(1)
+
+
+def test_a_table_has_the_share_of_each_option_and_the_facts_have_them_too(bundled):
+    cities = [" Tallinn", " Riga", " <b>Minsk", " Vilnius"]
+    question = ask(*bundled, "The capital city of Latvia is", options=cities, units="words")
+    summary = explain(bundled[0], question, ["occlusion"])
+    assert summary.heading == "Why “Riga” rather than “Tallinn”, the next of 4 options?"
+    share = percent(summary.whole.shares[1])
+    assert summary.answered.endswith(f"Had it to be one of the 4: {share}.")
+    first, then = summary.removed[0], summary.without[0].shares
+    assert first.startswith(f"Without “Latvia”, “Riga” among the 4 options falls from {share} to ")
+    likeliest = quoted(cities[then.index(max(then))])
+    assert then.index(max(then)) != 1 and f"the likeliest is then {likeliest}" in first
+    head, *rows = option_rows(summary._repr_html_())
+    assert head == [
+        *("option", "probability", "share", "without 1", "without 2", "without 3", "without all")
+    ]
+    order = sorted(range(4), key=lambda at: -summary.whole.options[at])
+    columns = [summary.whole.shares, *(found.shares for found in summary.without)]
+    assert rows == [
+        [quoted(cities[at]), percent(math.exp(summary.whole.options[at]))]
+        + [percent(shares[at]) for shares in columns]
+        for at in order
+    ]
+    bold = re.findall(r"<td><b>([^<]*)</b>", summary._repr_html_())
+    chances = [math.exp(value) for value in summary.whole.options]
+    assert sorted(bold) == sorted(percent(max(some)) for some in [chances, *columns])
+    facts = summary.facts()["options"]
+    assert [fact["option"] for fact in facts] == cities
+    assert [fact["probability"] for fact in facts] == chances
+    assert [[fact["share"], *fact["without"]] for fact in facts] == [
+        list(some) for some in zip(*columns, strict=True)
+    ]
+    assert "“Vilnius”" in repr(summary) and "without all" in repr(summary)
+
+
+def test_an_option_that_was_named_is_compared_with_the_likeliest(bundled):
+    question = ask(*bundled, "The capital city of Latvia is", options=CITIES, target=" Minsk")
+    summary = explain(bundled[0], question, ["occlusion"])
+    assert summary.heading == "Why “Minsk” rather than “Riga”, the likeliest of 3 options?"
+    assert summary.option_rows[1][0] == "“Riga”"
+    pair = explain(bundled[0], ask(*bundled, "The capital", options=[" a", " b"]), ["occlusion"])
+    assert pair.heading == "Why “a” rather than “b”?" and pair.option_rows == []
+    assert pair.facts()["options"] == [] and "<table" not in pair._repr_html_()
+    alike = ask(*bundled, "The capital", options=[" is", "is", " was"])
+    assert "' is'" in explain(bundled[0], alike, ["occlusion"]).removed[0]
+
+
+CITIES = [" Riga", " Tallinn", " Minsk"]
 
 # --- whom to trust -----------------------------------------------------------------------------
 

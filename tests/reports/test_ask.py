@@ -35,6 +35,21 @@ def test_a_question_is_answered_in_plain_text_and_on_a_page(tmp_path):
     assert "Content-Security-Policy" in text and "<script" not in text
 
 
+def test_options_are_compared_in_a_table(tmp_path):
+    cities = [" Tallinn", " Riga", " Vilnius"]
+    given = [word for city in cities for word in ("--option", city)]
+    done = command("The capital city of Latvia is", *given, "--method", "occlusion")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("  ") for line in done.stdout.splitlines()]
+    assert lines[0] == ["Why “Riga” rather than “Tallinn”, the next of 3 options?"]
+    (head,) = [at for at, line in enumerate(lines) if line[0] == "option"]
+    assert [line[0].strip() for line in lines[head + 1 : head + 4]] == [
+        "“Riga”",
+        "“Tallinn”",
+        "“Vilnius”",
+    ]
+
+
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
@@ -42,6 +57,7 @@ def test_a_question_is_answered_in_plain_text_and_on_a_page(tmp_path):
         (["Hello there", "--units", "verses"], "There are no units 'verses'"),
         (["  "], "The prompt is empty"),
         (["Hello there", "--target", "a", "--answer", "3"], "not both"),
+        (["Hello there", "--option", "a"], "give at least two"),
         (
             ["Hello there", "--html", "/no/such/folder/one.html"],
             "There is no folder /no/such/folder",

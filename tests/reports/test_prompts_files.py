@@ -119,6 +119,7 @@ explained = st.one_of(  # what is explained
     st.fixed_dictionaries({"target": words, "foil": words.map(str.upper)}),
     st.fixed_dictionaries({"answer": words}),
     st.fixed_dictionaries({"options": words.map(lambda word: [word, word.upper()])}),
+    st.fixed_dictionaries({"options": words.map(lambda word: [word, f"z{word}", word.upper()])}),
 )
 more = st.fixed_dictionaries(
     {},
@@ -662,7 +663,7 @@ def test_a_name_that_is_like_no_key_is_carried(one, name):
     assert one("p.csv", f"prompt,{name}\nHi,a\n").meta == {name: "a"}
 
 
-def test_options_are_target_and_foil(one, refused):
+def test_two_options_are_target_and_foil_and_more_are_compared(one, refused):
     for entry, expected in [
         ({"options": [" a", " b"]}, (" a", " b")),
         ({"options": [" a", " b"], "target": " b"}, (" b", " a")),
@@ -672,10 +673,27 @@ def test_options_are_target_and_foil(one, refused):
             job = one(f"p.{suffix}", FORMATS[suffix]([{"prompt": "x", **entry}]))
             assert (job.parameters["target"], job.parameters["foil"]) == expected
             assert "options" not in job.parameters
+    for entry, named in [
+        ({"options": [" a", " b", " c"]}, None),
+        ({"options": [" a", " b", " c"], "target": " b"}, " b"),
+        ({"options": [1, 2.5, "a"]}, None),
+    ]:
+        for suffix in ("yml", "jsonl", "csv"):
+            job = one(f"p.{suffix}", FORMATS[suffix]([{"prompt": "x", **entry}]))
+            assert job.parameters["options"] == list(map(str, entry["options"]))
+            assert job.parameters.get("target") == named and "foil" not in job.parameters
+    job = one("p.yml", "- {prompt: x, options: [1_000, 0x10, 2026-11-27]}")
+    assert job.parameters["options"] == ["1_000", "0x10", "2026-11-27"]  # as they are written
+    asks = {"prompt": "x", "notebook": "08_comparison", "options": ["a", "b", "c"]}
+    assert "08_comparison has no parameter 'options'" in refused("p.jsonl", json.dumps(asks))
     for entry, complaint in [
-        ({"options": ["a", "b", "c"]}, "Options are compared two at a time"),
-        ({"options": ["a"]}, "Options are compared two at a time"),
-        ({"options": ["a", "a"]}, "Options are compared two at a time"),
+        ({"options": ["a"]}, "Options are compared with each other: give at least two."),
+        ({"options": ["a", "b", "a"]}, "The option 'a' is there twice"),
+        ({"options": ["a", "a"]}, "The option 'a' is there twice"),
+        ({"options": ["c", "b", "ab", "a"]}, "The options 'a' and 'ab' begin alike and one of"),
+        ({"options": ["b", "", "a"]}, "The option is empty: it must be text"),
+        ({"options": [*map(str, range(100, 121))]}, "There are 21 options: give at most 20."),
+        ({"options": ["a", "b", "c"], "target": "d"}, "The target 'd' is none of the options"),
         ({"options": "a or b"}, "It is no list: write one"),
         ({"options": ["a", "b"], "target": "c"}, "The target 'c' is none of the options"),
         ({"options": ["a", "b"], "foil": "c"}, "It has options and a foil"),
@@ -852,6 +870,7 @@ CARRIES = [
 def test_a_kept_check_says_what_the_check_said(planned, tmp_path, monkeypatch):
     content = "\n".join(map(json.dumps, CARRIES))
     jobs = planned("p.jsonl", content, out=tmp_path / "out")
+    jobs.keep()
     monkeypatch.setattr("llama_reports.jobs.load_tokenizer", None)  # which no second check could do
     again = planned("p.jsonl", content, out=tmp_path / "out")
     assert list(again) == list(jobs) and len(jobs) == 3
@@ -862,7 +881,7 @@ def test_a_kept_check_says_what_the_check_said(planned, tmp_path, monkeypatch):
 
 def test_a_kept_check_names_places_in_the_file(planned, refused, tmp_path):
     content = "- {id: one, prompt: Hi}\n\n- {id: two, prompt: Ho}\n"
-    planned("p.yml", content, out=tmp_path / "out")
+    planned("p.yml", content, out=tmp_path / "out").keep()
     (tmp_path / "out" / "two").mkdir()  # which is no report
     assert "p.yml, line 3, entry 2 ('two'), key 'id'" in refused(
         "p.yml", content, out=tmp_path / "out"
@@ -873,9 +892,10 @@ def test_a_kept_check_names_places_in_the_file(planned, refused, tmp_path):
     "other", [{"methods": ["random"]}, {"notebook": "08_comparison"}, {"folders": False}]
 )
 def test_a_check_for_something_else_is_made_again(planned, tmp_path, monkeypatch, other):
-    planned("p.jsonl", '"Hi"\n"Ho"\n', out=tmp_path / "out")
+    planned("p.jsonl", '"Hi"\n"Ho"\n', out=tmp_path / "out").keep()
     kept = (tmp_path / "out" / KEPT).read_bytes()
     changed = planned("p.jsonl", '"Hi"\n"Ha"\n', out=tmp_path / "out")
+    changed.keep()
     assert [job.prompt for job in changed] == ["Hi", "Ha"]
     assert (tmp_path / "out" / KEPT).read_bytes() != kept
     monkeypatch.setattr("llama_reports.jobs.load_tokenizer", None)
@@ -885,16 +905,19 @@ def test_a_check_for_something_else_is_made_again(planned, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-9], lambda b: b"x" * len(b)])
 def test_a_damaged_check_is_made_again(planned, tmp_path, damage):
-    jobs = list(planned("p.jsonl", '"Hi"\n"Ho"\n', out=tmp_path / "out"))
+    jobs = planned("p.jsonl", '"Hi"\n"Ho"\n', out=tmp_path / "out")
+    jobs.keep()
     kept = tmp_path / "out" / KEPT
     kept.write_bytes(damage(kept.read_bytes()))
-    assert list(planned("p.jsonl", '"Hi"\n"Ho"\n', out=tmp_path / "out")) == jobs
+    again = planned("p.jsonl", '"Hi"\n"Ho"\n', out=tmp_path / "out")
+    assert list(again) == list(jobs)
+    again.keep()
     assert pyarrow.parquet.read_table(kept).num_rows == 2
 
 
 def test_what_runs_is_what_was_checked(planned, tmp_path):
     jobs = planned("p.jsonl", '"Hi"\n"Ho"\n', out=tmp_path / "out")
-    planned("p.jsonl", '"Other"\n', out=tmp_path / "out")
+    planned("p.jsonl", '"Other"\n', out=tmp_path / "out").keep()
     assert [job.prompt for job in jobs] == ["Hi", "Ho"]
 
 

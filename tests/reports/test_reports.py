@@ -13,14 +13,17 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from PIL import Image
+from running import option_rows
 
 from helpers import InputError
+from helpers.summary import percent
 from llama_reports.files import write_whole
 from llama_reports.gallery import read_reports, write_index
 from llama_reports.jobs import find_notebook, plan
@@ -314,7 +317,12 @@ def test_messages_are_shown_as_people_read_them(tmp_path, quick_notebook, tiny_f
 
 @pytest.mark.parametrize(
     "more",
-    [{"answer": 3}, {"target": "ab", "foil": "cde", "units": "turns"}, {"sources": ["Which"]}],
+    [
+        {"answer": 3},
+        {"target": "ab", "foil": "cde", "units": "turns"},
+        {"sources": ["Which"]},
+        {"options": ["abc", "bcd", "cde"]},
+    ],
 )
 def test_the_default_notebook_answers_what_an_entry_asks(tmp_path, tiny_folder, more):
     entry = {"id": "one", "messages": CHAT, "evidence": "keys", "methods": ["relevance", "random"]}
@@ -333,6 +341,38 @@ def test_the_default_notebook_answers_what_an_entry_asks(tmp_path, tiny_folder, 
         own = total[total["method"] == "relevance"].set_index("unit")["score"]
         sums = of_each.groupby("unit")["score"].sum()
         assert sums.to_numpy() == pytest.approx(own.to_numpy(), abs=1e-4)
+
+
+def test_a_report_on_options_has_the_probability_of_each(tmp_path, bundled):
+    cities = [" Tallinn", " Riga", " Vilnius", " Minsk"]
+    entry = {"id": "one", "prompt": "The capital city of Latvia is", "options": cities}
+    (job,) = plan(prompts_file(tmp_path, yaml.safe_dump([entry])))
+    facts = run_report(job, tmp_path / "out")
+    assert facts["error"] is None
+    assert facts["heading"] == "Why “Riga” rather than “Tallinn”, the next of 4 options?"
+    model, tokenizer = bundled
+    ids = tokenizer(entry["prompt"], return_tensors="pt")["input_ids"]
+    for fact, city in zip(facts["options"], cities, strict=True):
+        told = 1.0
+        rest = tokenizer(city)["input_ids"]
+        with torch.no_grad():
+            whole = torch.cat([ids, torch.tensor([rest])], dim=1)
+            rows = model(whole).logits[0].double().softmax(dim=-1)
+        for at, token in enumerate(rest):
+            told *= rows[ids.shape[1] - 1 + at, token].item()
+        assert fact["option"] == city and fact["probability"] == pytest.approx(told, rel=1e-3)
+    for column in [
+        [fact["share"] for fact in facts["options"]],
+        *zip(*(fact["without"] for fact in facts["options"]), strict=True),
+    ]:
+        assert sum(column) == pytest.approx(1)
+    assert facts["probability"] == pytest.approx(facts["options"][1]["probability"], rel=1e-4)
+    page = (tmp_path / "out" / "one" / "report.html").read_text(encoding="utf-8")
+    head, *rows = option_rows(page)
+    assert head[2:] == ["share", "without 1", "without 2", "without 3", "without all"]
+    assert rows[0][0] == "“Riga”"
+    shares = sorted((fact["share"] for fact in facts["options"]), reverse=True)
+    assert [row[2] for row in rows] == [percent(share) for share in shares]
 
 
 # --- the command line --------------------------------------------------------------------------

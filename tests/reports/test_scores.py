@@ -61,6 +61,8 @@ def some_jobs(count):
         {"target": "ab", "foil": "ac d"},
         {"answer": 3, "units": "words"},
         {"answer_text": "yes", "units": "sentences"},
+        {"options": ["a", "bcd", "bce"]},
+        {"options": ["x", "yz", "w"], "target": "yz", "units": "words"},
     ]
     return [
         job(
@@ -68,7 +70,7 @@ def some_jobs(count):
             tokens=number % 5,
             slug=f"number-{number}",
             identity=f"{number:064x}",
-            **kinds[number % 8],
+            **kinds[number % 10],
         )
         for number in range(count)
     ]
