@@ -294,12 +294,9 @@ class Summary:
         return [shortened(note) for note in self.question.notes]
 
     def _repr_html_(self):
-        body = [
-            f"<style>{stylesheet()}</style>",
-            f"<h1>{html.escape(self.heading)}</h1>",
-            f'<p class="answered" dir="auto">{html.escape(self.answered)}</p>',
-            self._coloured(),
-            f'<p class="legend">{html.escape(self._legend)}{self._jumps}</p>',
+        legend = f'<p class="legend">{html.escape(self._legend)}{self._jumps}</p>'
+        text = [self._coloured(), legend]
+        found = [
             "<ol>",
             *(f'<li dir="auto">{html.escape(line)}</li>' for line in self._each),
             "</ol>",
@@ -309,6 +306,15 @@ class Summary:
             f"{html.escape(' '.join(self.trust))}</p>",
             *(f'<p class="warning">{html.escape(note)}</p>' for note in self.notes),
             *self._inside_html(),
+        ]
+        both = [*text, *found]
+        if self._jumps:  # what was found would be many screens below
+            both = [*found, "<h2>The prompt</h2>", *reversed(text)]
+        body = [
+            f"<style>{stylesheet()}</style>",
+            f"<h1>{html.escape(self.heading)}</h1>",
+            f'<p class="answered" dir="auto">{html.escape(self.answered)}</p>',
+            *both,
             *self._outputs_html(),
         ]
         return f'<div class="summary">{"".join(body)}</div>'
@@ -698,9 +704,11 @@ def _unit(label, shade, place, strongest, anchors):
     text = html.escape(label)
     if place in strongest:
         number = list(strongest).index(place) + 1
-        about = ' class="passage"' if len(label) > FEW else ""
+        passage, sign = len(label) > FEW, f"<sup>{number}</sup>"
+        about = ' class="passage"' if passage else ""
         about += f' id="strongest-{number}"' if anchors else ""
-        text = f"<mark{about}>{text}<sup>{number}</sup></mark>"
+        text = f"{sign}{text}" if passage else f"{text}{sign}"  # of a passage, where it begins
+        text = f"<mark{about}>{text}</mark>"
     if not shade:
         return text
     side = "up" if shade > 0 else "down"
@@ -754,7 +762,7 @@ def quoted(text: str) -> str:
         return "a part of a character"
     text = f"{text.rstrip(BROKEN)}…" if text.endswith(BROKEN) else text  # which goes on
     inner = text.strip() or repr(text)[1:-1]
-    return f"“{inner if len(inner) <= FEW else inner[: FEW - 1] + '…'}”"
+    return f"“{inner if len(inner) <= FEW else inner[: FEW - 1].rstrip(' .') + '…'}”"
 
 
 def told_apart(texts: Sequence[str]) -> list[str]:

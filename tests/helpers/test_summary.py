@@ -392,6 +392,7 @@ def test_a_probability_has_the_digits_that_people_read(share, text):
 
 def test_words_are_quoted_as_people_write_them():
     assert quoted(" Riga") == "“Riga”" and quoted("\n") == "“\\n”"
+    assert quoted(f"{'x' * 50} in 1900. It was") == f"“{'x' * 50} in 1900…”"
     assert len(quoted("x" * 500)) <= FEW + 2
 
 
@@ -491,6 +492,16 @@ def test_a_long_prompt_is_read_in_blocks_of_whole_sentences_and_then_in_words(ti
     longer = default_units(ask(*tiny, "".join(4 * SENTENCES)[:2040], target="b"))
     shown = explain(tiny[0], longer, ["relevance"])._repr_html_()
     assert 'href="#strongest-1"' in shown and shown.count('id="strongest-1"') == 1
+    # what was found comes before the text of many screens
+    order = ["Without all", 'class="trust', "<h2>Inside", "<h2>The prompt", 'id="strongest-1"']
+    assert [shown.index(part) for part in order] == sorted(shown.index(part) for part in order)
+
+
+def test_a_passage_has_its_number_where_it_begins():
+    passage = "A passage of more than sixty characters, which ends in an empty line.\n\n"
+    shown = coloured_text([passage, "word"], [2.0, 1.0], ["prompt"] * 2, [0, 1])
+    assert f'<mark class="passage"><sup>1</sup>{passage}</mark>' in shown
+    assert "<mark>word<sup>2</sup></mark>" in shown
 
 
 def test_where_sources_are_named_they_alone_are_ranked_and_looked_into(tiny):
