@@ -664,12 +664,13 @@ def coloured_text(
 
     ``labels``, ``scores`` and ``parts`` hold one value a unit. The template's units are left out;
     who wrote what stands before it. A unit of very many characters is cut: see ``unit_text``. With
-    ``most``, of a longer text only about so many characters around the strongest units are shown,
-    and of one unit no more. With ``anchors`` a link reaches the strongest units, as
+    ``most``, of a longer text only about so many characters of and around the strongest units are
+    shown, and no other long unit. With ``anchors`` a link reaches the strongest units, as
     ``#strongest-1``.
     """
     faces = shades(np.asarray(scores, dtype=float), parts, signed)
     shown = _around(labels, parts, strongest, most)
+    room = None if most is None else most // (len(strongest) + 1)  # characters of one unit
     written, part, gap = [], "prompt", False
     for place, label in enumerate(labels):
         if parts[place] == "template":
@@ -683,7 +684,7 @@ def coloured_text(
         if gap:
             written.append('<span class="gap"> … </span>')
             gap = False
-        text = unit_text(label, most)
+        text = unit_text(label, room)
         written.append(_unit(text, faces[place], place, strongest, anchors))
     if gap:
         written.append('<span class="gap"> …</span>')
@@ -696,8 +697,9 @@ def unit_text(label: str, most: int | None = None) -> str:
 
     By default 2,000 of a word, which nobody reads to its end, and 10,000 of a passage.
     """
-    passage = len(label[:SHOWN].split()) > 1
-    return shortened(label, most or (PASSAGE if passage else SHOWN))
+    passage, text = len(label[:SHOWN].split()) > 1, label.rstrip()
+    most = most or (PASSAGE if passage else SHOWN)
+    return label if len(label) <= most else shortened(text, most) + label[len(text) :][:2]
 
 
 def _unit(label, shade, place, strongest, anchors):
@@ -747,6 +749,8 @@ def _around(labels, parts, strongest, most):
     shown = ends <= room
     for place in strongest:
         shown |= (begins < ends[place] + room) & (ends > begins[place] - room)
+    shown &= lengths <= 2 * room
+    shown[list(strongest)] = True
     return shown
 
 

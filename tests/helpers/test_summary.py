@@ -422,9 +422,13 @@ def test_a_passage_is_shown_to_a_length_that_no_word_has(tiny):
     shown = coloured_text([passage, "x" * 5000], [1.0, -1.0], ["prompt"] * 2)
     assert passage in shown and "x" * 2000 + "… (3,000 more characters)" in shown
     shown = coloured_text([passage * 2], [1.0], ["prompt"])
-    assert "… (9,990 more characters)" in shown
+    assert "… (9,989 more characters) <" in shown
     shown = coloured_text([passage], [1.0], ["prompt"], [0], most=600)
-    assert "… (9,395 more characters)" in shown
+    assert "… (9,694 more characters) <" in shown
+    around = ["x y " * 200, passage, "x y " * 200, "The end"]
+    shown = coloured_text(around, [0, 1.0, 0, 0], ["prompt"] * 4, [1], most=600)
+    assert "x y" not in shown and "1</sup>word" in shown and shown.count(" … ") == 2
+    assert "The end" not in shown and len(shown) < 800
 
 
 # --- tables ------------------------------------------------------------------------------------
