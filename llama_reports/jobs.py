@@ -72,13 +72,13 @@ class Plan:
     file, where that was called before.
 
     ``keep`` leaves what the check has found in ``out``, as ``plan.parquet``: the next plan of the
-    same file, model, code and choices reads that. Iterating reads it again and makes one ``Job`` at a time, so
-    what is held of a prompt is a few numbers, one array [jobs] of each: ``tokens`` are the lengths
-    of what is read, ``units`` the scores of a method, ``outputs`` the tokens explained (at most,
-    where the model is to answer), and ``kinds`` says which of ``asked``, a list of ``(notebook,
-    methods)``, each job is; no methods are the notebook's own choice. ``replaced`` counts reports
-    in ``out`` whose id now stands for another question. ``carried`` are the names of all that its
-    entries carry, a tuple.
+    same file, model, code and choices reads that. Iterating reads it again and makes one ``Job`` at
+    a time, so what is held of a prompt is a few numbers, one array [jobs] of each: ``tokens`` are
+    the lengths of what is read, ``units`` the scores of a method, ``outputs`` the tokens explained
+    (at most, where the model is to answer), and ``kinds`` says which of ``asked``, a list of
+    ``(notebook, methods)``, each job is; no methods are the notebook's own choice. ``replaced``
+    counts reports in ``out`` whose id now stands for another question. ``carried`` are the names of
+    all that its entries carry, a tuple.
 
     Raises one ``InputError`` that names the place of each entry that cannot run, the first 20 of
     them in full; and one if the name of a job stands in ``out`` for a report of another model,
