@@ -2,8 +2,9 @@
 
 ``plan.parquet`` in a folder of reports holds an entry a row. Columns: ``number`` and ``line``,
 where the entry stands in the file (from 1; no line in a Parquet file), ``entry`` and ``carried``,
-its keys and what it carries as JSON, ``tokens``, ``units``, ``outputs`` and ``kind``: see ``Plan``
-in jobs.py. Nothing but the time of a check depends on the file: without it the check is made again.
+its keys and what it carries as JSON, ``tokens``, ``units``, ``outputs``, ``texts`` and ``kind``:
+see ``Plan`` in jobs.py. Nothing but the time of a check depends on the file: without it the check
+is made again.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from llama_reports.prompts import Entry, Row
 KEPT = "plan.parquet"
 ROWS = 1024  # that are held at a time
 ABOUT = b"llama_notebooks.plan"
-SIZES = ("tokens", "units", "outputs", "kind")
+SIZES = ("tokens", "units", "outputs", "texts", "kind")
 SCHEMA = pa.schema(
     [("number", pa.int32()), ("line", pa.int32()), ("entry", pa.string()), ("carried", pa.string())]
     + [(name, pa.uint32()) for name in SIZES]
@@ -45,7 +46,7 @@ class CheckedWriter:
         self._writer = pq.ParquetWriter(self._stream, SCHEMA, compression="zstd")
         self._rows: list[dict[str, Any]] = []
 
-    def add(self, row: Row, entry: Entry, sizes: tuple[int, int, int, int]) -> None:
+    def add(self, row: Row, entry: Entry, sizes: tuple[int, ...]) -> None:
         """Add the entry of a row, with the numbers of ``SIZES``."""
         said = entry.model_dump(exclude_defaults=True, include=set(Entry.model_fields))
         written = {"number": row.number, "line": row.line, "entry": json.dumps(said)}

@@ -132,16 +132,20 @@ def work(
 
 
 class Size(NamedTuple):
-    """What is known of a prompt: tokens that are read, scores of a method, tokens explained."""
+    """What is known of a prompt: tokens that are read, scores of a method, tokens explained.
+
+    A target and a foil of several tokens are read in ``texts`` of their own.
+    """
 
     tokens: int
     units: int
     outputs: int = 1
+    texts: int = 1
 
     @property
     def length(self) -> int:
-        """Tokens of the text that goes through the model."""
-        return self.tokens + self.outputs - 1
+        """Tokens of each text that goes through the model."""
+        return self.tokens + math.ceil((self.outputs - 1) / self.texts)
 
 
 @dataclass(frozen=True)
@@ -468,7 +472,7 @@ def forward(
     seq: int,
     first: float = 0,
     at_once: int = TOKENS_PER_BATCH["cpu"],
-    outputs: int = 1,
+    outputs: float = 1,
 ) -> np.ndarray:
     """``rows`` forward passes over positions ``first`` to ``seq``, ``at_once`` tokens together.
 
@@ -484,7 +488,7 @@ def forward(
     return work(flops, forwards=math.ceil(rows / max(1, at_once // new)))
 
 
-def gradient(shape: Shape, rows: float, seq: int, outputs: int = 1) -> np.ndarray:
+def gradient(shape: Shape, rows: float, seq: int, outputs: float = 1) -> np.ndarray:
     """``rows`` forward and backward passes through frozen weights.
 
     As many products go back, and of attention twice as many.
@@ -501,19 +505,19 @@ def _rounds(price):
 
 def priced(shape: Shape, price: Price, size: Size, rows: int = 1) -> np.ndarray:
     """The ``work`` that a method's ``Price`` stands for, over ``rows`` prompts together."""
-    found, seq = work(), size.length
+    found, seq, rows = work(), size.length, rows * size.texts
+    read = size.outputs / size.texts
     if price.gradients:
-        found += gradient(shape, rows * price.gradients, seq, size.outputs)
+        found += gradient(shape, rows * price.gradients, seq, read)
         found += work(gradients=_rounds(price) if price.gradients > 1 else 0)
     if price.forwards and price.share < 1:  # variants that share a beginning, in smaller passes
         together = FULL_PASS // seq  # rows that begin where the first of them does
         shared = (1 - price.share) * (1 - min(1, together / (rows * price.forwards)))
-        found += forward(
-            shape, rows * price.forwards, seq, seq * shared, FULL_PASS, size.outputs
-        ) + work(forwards=1)
+        found += forward(shape, rows * price.forwards, seq, seq * shared, FULL_PASS, read)
+        found += work(forwards=1)
     elif price.forwards:
         at_once = seq if price.vectors else TOKENS_PER_BATCH["cpu"]
-        found += forward(shape, rows * price.forwards, seq, 0, at_once, size.outputs)
+        found += forward(shape, rows * price.forwards, seq, 0, at_once, read)
     layers = rows * shape.layers
     if price.maps:  # queries by keys, and the map by what flowed in before
         operations = 2 * shape.heads * shape.head_dim * seq**2 + 2 * seq**3
@@ -527,7 +531,8 @@ def priced(shape: Shape, price: Price, size: Size, rows: int = 1) -> np.ndarray:
 def _options(methods, size):
     """The options of each of ``methods`` in a report of all of them, ``None`` over its budget."""
     wanted = {name: {} for name in methods}
-    return options_of(wanted, size.units, size.length, BUDGET, of_prompt=size.tokens)
+    read = size.texts * size.length
+    return options_of(wanted, size.units, read, BUDGET, of_prompt=size.tokens)
 
 
 def _one_by_one(times, numbers):
@@ -566,19 +571,21 @@ def memory(
     ``least`` counts one row a pass, to which the engine comes down where memory is short.
     """
     seq, numbers = size.length, shape.heads * size.length**2
-    most, rows = TOKENS_PER_BATCH["cpu"], 1 if least else rows
+    most, one = TOKENS_PER_BATCH["cpu"], size.texts
+    rows = one if least else rows * one
     kept = by = maps = 0.0
     if price.gradients:
         points = price.gradients / _rounds(price)
-        at_once = 1 if least else max(1, min(rows * math.ceil(points), most // seq))
+        at_once = one if least else max(one, min(rows * math.ceil(points), most // seq))
         kept = at_once * seq * price.kept * shape.token("gradient")
     if price.forwards and price.share < 1:
-        at_once = 1 if least else max(1, min(FULL_PASS // seq, math.ceil(price.forwards)))
+        variants = one * math.ceil(price.forwards)
+        at_once = one if least else max(one, min(FULL_PASS // seq, variants))
         # the fewer tokens are left to a variant, the more variants share one copy of a text each
         copies = 1 if least else min(math.isqrt(FULL_PASS), math.ceil(price.forwards), seq)
         by = at_once * seq * shape.token("by") + (rows + copies) * seq * shape.token("keys")
     elif price.forwards:
-        at_once = 1 if price.vectors else max(1, min(rows, most // seq))
+        at_once = 1 if price.vectors else max(one, min(rows, most // seq))
         by = at_once * seq * shape.token("by")
     if price.maps:
         maps += numbers * 4 * 3  # of one text: queries by keys, without what is not seen, softmax
@@ -587,7 +594,7 @@ def memory(
         maps += 4 * shape.layers * seq * (seq + shape.key_value_heads * shape.head_dim)
         maps += 3 * 4 * max(min(VECTORS, seq**2 * shape.width), seq * shape.width)
         maps += 4 * shape.heads * seq * shape.width
-    logits = 2 * min(LOGITS_AT_ONCE["cpu"], rows * size.outputs * shape.vocabulary) * 4
+    logits = 2 * min(LOGITS_AT_ONCE["cpu"], rows * size.outputs // one * shape.vocabulary) * 4
     held = kept, by, maps, logits
     return {part: int(bytes_) for part, bytes_ in zip(PARTS, held, strict=True)}
 

@@ -44,8 +44,10 @@ SHOWN = 10  # reports that are named
 ENOUGH = 3  # finished reports from which on the estimate is corrected by them
 LOOKED_AT = 500  # of them
 START = 5.0  # seconds until a worker has imported everything and has the model
-FIXED = 2.5, 0.08  # seconds of a report beside the model's, and those a token: figures, pages
-DISK = 1_450_000, 75_000  # bytes of a report's folder, and those a token
+# measured over reports of toys and of the bundled model, of 4 to 1,700 tokens
+FIXED = 0.5, 0.01  # seconds of a report beside the model's, and those a unit: figures, pages
+DISK = 130_000, 5_000, 20_000  # bytes of a report's folder, those a unit, and those a unit drawn
+DRAWN = 24  # units of which a figure grows
 SCORE = 16  # bytes of a score on disk, and of what stands beside it
 PROCESS = 600_000_000  # bytes of a process that has imported everything, without a model
 HOUR = 3600.0  # seconds from which on a run says how long it will take
@@ -183,7 +185,7 @@ def divided(
     most = run.most_workers(shape, cores // (threads or 1))
     if threads or device_of_runs().type != "cpu":
         return most, threads or 1
-    taken = {(w, t): seconds for w, t, seconds in run.divisions(shape, cores, most)}
+    taken = run.divisions(shape, cores, most)
     best = min(taken, key=lambda pair: taken[pair])
     return best if taken[best] < FASTER * taken[most, 1] else (most, 1)
 
@@ -331,7 +333,7 @@ class _Run:
         if self.scores_only:  # in parts, of which one is like another
             parts = _tasks(len(each), True)
             each = np.full(parts, each.sum() / parts)
-        return _last_end(each, workers) + START
+        return _last_end(np.sort(each)[::-1], workers) + START
 
     def most_workers(self, shape, cores):
         """How many workers have memory and something to do, at most one a core."""
@@ -339,13 +341,18 @@ class _Run:
         tasks = _tasks(int(self.left.sum()), self.scores_only)
         return max(1, min(cores, int(ROOM * free() / max(1, one)), tasks))
 
-    def divisions(self, shape, cores, most):
-        """``(workers, threads, seconds)`` of each way to divide the cores that is worth a try."""
+    def divisions(self, shape, cores, most, known=()):
+        """``{(workers, threads): seconds}`` of the ways to divide the cores that are worth a try.
+
+        But for those whose seconds are ``known``.
+        """
         halves = (most >> times for times in range(most.bit_length()))
         pairs = dict.fromkeys([(most, 1), *((workers, cores // workers) for workers in halves)])
-        for workers, threads in pairs:
+        found = {}
+        for workers, threads in pairs.keys() - {*known}:
             machine = measure(shape, self.plan.dtype, threads, workers)
-            yield workers, threads, self.seconds(shape, machine, workers)
+            found[workers, threads] = self.seconds(shape, machine, workers)
+        return found
 
 
 def _tasks(jobs, scores_only):
@@ -354,7 +361,10 @@ def _tasks(jobs, scores_only):
 
 
 def _last_end(each, workers):
-    """Seconds until all are done, each taken in its turn by the worker that is free first."""
+    """Seconds until all are done, each in its turn by the worker that is free first.
+
+    Several workers take long ones first, as they do here.
+    """
     many = each[:-LAST].sum() / workers  # of which the end hardly matters
     free_at = [many] * workers
     for seconds in each[-LAST:].tolist():
@@ -374,7 +384,8 @@ def _seconds_of_jobs(plan, shape, machine, left, scores_only):
         return machine.seconds(together, shape) / count
 
     windows = np.arange(left.sum()) // WINDOW  # as many as are sorted by length together
-    facts = [known[left] for known in (plan.kinds, plan.tokens, plan.units, plan.outputs)]
+    known = (plan.kinds, plan.tokens, plan.units, plan.outputs, plan.texts)
+    facts = [of_all[left] for of_all in known]
     alike, place, counts = np.unique(
         [windows, *facts], axis=1, return_inverse=True, return_counts=True
     )
@@ -394,9 +405,9 @@ def _faster(run, shape, seconds, workers, threads, cores):
     if device_of_runs().type != "cpu":
         return
     most = run.most_workers(shape, cores)
-    taken = {(w, t): s for w, t, s in run.divisions(shape, cores, most)}
-    best = min(taken, key=lambda pair: taken[pair])
-    if best != (workers, threads) and taken[best] < FASTER * seconds:
+    taken = run.divisions(shape, cores, most, [(workers, threads)])
+    best = min(taken, key=lambda pair: taken[pair], default=None)
+    if best is not None and taken[best] < FASTER * seconds:
         times = f"about {taken[best] / seconds:.2g} times as long"
         option = "--workers {} --threads {}".format(*best)
         yield f"{_in_words(*best)} ({option}), {times} by the rates that they have here."
@@ -510,7 +521,9 @@ def _finished(plan, shape, machine, notebook, out):
             if [facts[name] for name in ("notebook", "model", "error")] != alike:
                 continue
             tokens, seconds = int(facts["tokens"]), float(facts["seconds"])
-            size = Size(tokens, int(facts.get("units") or tokens))
+            size = Size(
+                tokens, *(int(facts.get(name) or 1) for name in ("units", "outputs", "texts"))
+            )
         except (ValueError, KeyError, TypeError):
             continue
         planned = _report_seconds(shape, machine, size, _methods_of(file.parent))
@@ -548,7 +561,7 @@ def _longest(plan, left, scores_only, every=False):
     found = []
     for kind, (notebook, methods) in enumerate(plan.asked):
         there = left & (plan.kinds == kind)
-        facts = np.stack([plan.tokens, plan.units, plan.outputs])[:, there]
+        facts = np.stack([plan.tokens, plan.units, plan.outputs, plan.texts])[:, there]
         if facts.size:
             sizes = np.unique(facts, axis=1) if every else facts.max(axis=1, keepdims=True)
             for size in (Size(*size) for size in sizes.T.tolist()):
@@ -571,6 +584,7 @@ def _processes(shape, most, scores_only, workers):
 def _disk(plan, left, scores_only):
     units = plan.units[left].astype(float)
     if not scores_only:
-        return int((DISK[0] + DISK[1] * units).sum())
+        a_report, a_unit, a_drawn_one = DISK
+        return int((a_report + a_unit * units + a_drawn_one * np.minimum(units, DRAWN)).sum())
     methods = np.array([len(methods or DEFAULT_METHODS) for _, methods in plan.asked])
     return int(SCORE * (units * methods[plan.kinds[left]]).sum())

@@ -15,6 +15,7 @@ import papermill
 from slugify import slugify
 
 from helpers.attribution import METHODS
+from helpers.attribution.engine import texts_and_outputs
 from helpers.errors import InputError
 from helpers.models import BUNDLED, load_tokenizer, public_name, resolve_model
 from helpers.questions import ANSWER, read_question
@@ -40,7 +41,8 @@ class Job:
     answers the question too: all parameters, the notebook's cells, the model and the code; two
     reports of the same identity say the same. ``model_digest`` is that of the model. All are
     SHA-256 in hexadecimal. ``tokens`` is the length of what is read, ``units`` the number of its
-    scores. ``meta`` is what the entry carries to the results: no part of either, and of the same
+    scores, ``outputs`` that of the tokens explained, ``texts`` that of the texts read for them.
+    ``meta`` is what the entry carries to the results: no part of either, and of the same
     names in all jobs of a plan.
     """
 
@@ -52,6 +54,8 @@ class Job:
     question: str
     tokens: int
     units: int = 0
+    outputs: int = 1
+    texts: int = 1
     model_digest: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
 
@@ -75,10 +79,10 @@ class Plan:
     same file, model, code and choices reads that. Iterating reads it again and makes one ``Job`` at
     a time, so what is held of a prompt is a few numbers, one array [jobs] of each: ``tokens`` are
     the lengths of what is read, ``units`` the scores of a method, ``outputs`` the tokens explained
-    (at most, where the model is to answer), and ``kinds`` says which of ``asked``, a list of
-    ``(notebook, methods)``, each job is; no methods are the notebook's own choice. ``replaced``
-    counts reports in ``out`` whose id now stands for another question. ``carried`` are the names of
-    all that its entries carry, a tuple.
+    (at most, where the model is to answer), ``texts`` those that are read for them, and ``kinds``
+    says which of ``asked``, a list of ``(notebook, methods)``, each job is; no methods are the
+    notebook's own choice. ``replaced`` counts reports in ``out`` whose id now stands for another
+    question. ``carried`` are the names of all that its entries carry, a tuple.
 
     Raises one ``InputError`` that names the place of each entry that cannot run, the first 20 of
     them in full; and one if the name of a job stands in ``out`` for a report of another model,
@@ -117,7 +121,7 @@ class Plan:
         kept = kept_check(out, self.path, known)
         self._kept = CheckedFile(*self._check(rows, known)) if kept is None else kept
         self.asked, self.carried = self._kept.asked, tuple(self._kept.carried)
-        self.tokens, self.units, self.outputs, self.kinds = self._kept.sizes
+        self.tokens, self.units, self.outputs, self.texts, self.kinds = self._kept.sizes
         taken = _Folders(out if folders else None, *self._by[:2])
         self._levels = self._named(taken)
         self.replaced = taken.replaced
@@ -178,7 +182,9 @@ class Plan:
             more = max(1, parameters.get("answer", 1)) - 1  # tokens that the model is yet to write
             outputs = read.most_outputs + more
             kind = kinds.setdefault((source, frozenset(parameters.get("methods", ()))), len(kinds))
-            writer.add(row, entry, (read.input_ids.shape[1], len(read.units) + more, outputs, kind))
+            texts = len(texts_and_outputs(read)[0])
+            sizes = read.input_ids.shape[1], len(read.units) + more, outputs, texts, kind
+            writer.add(row, entry, sizes)
         bad.refuse(count)
         if file_digest(self.path) != known[0]:
             raise InputError(f"{self.path} has changed while it was checked: start again.")
@@ -214,6 +220,8 @@ class Plan:
                 question=question,
                 tokens=int(self.tokens[read]),
                 units=int(self.units[read]),
+                outputs=int(self.outputs[read]),
+                texts=int(self.texts[read]),
                 model_digest=self.model_digest,
                 meta={name: carried.get(name) for name in self.carried},
             )

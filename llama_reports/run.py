@@ -209,6 +209,8 @@ def _finish(work, out, job, model, error, attempts=ATTEMPTS, clock=None):
         "code_version": _code_version(),
         "tokens": job.tokens,
         "units": job.units,
+        "outputs": job.outputs,
+        "texts": job.texts,
         "error": error and error[:2000],
         "attempts": attempts,
         "seconds": 0.0,

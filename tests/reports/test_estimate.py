@@ -183,6 +183,20 @@ def test_rows_of_every_method_are_about_those_that_are_run(tiny, length):
         assert 0.75 * price.forwards <= result.forwards <= price.forwards
 
 
+@pytest.mark.parametrize("method", ["occlusion", "shapley", "attention"])
+def test_a_target_and_a_foil_of_several_tokens_are_two_texts(tiny, shape, planned, method):
+    (entry,) = planned({"prompt": "a" * 12, "target": "bcd", "foil": "efg", "units": "tokens"})
+    assert (entry.tokens, entry.units, entry.outputs, entry.texts) == (12, 12, 5, 2)
+    size = Size(entry.tokens, entry.units, entry.outputs, entry.texts)
+    assert size.length == 14
+    question = ask(*tiny, entry.prompt, target="bcd", foil="efg")
+    real = counted(lambda: attribute(tiny[0], question, method, budget=BUDGET))
+    assert 0.5 < real / methods_work(shape, size, [method])[0] < 1.3
+    (one,) = planned({"prompt": "a" * 12, "target": "b", "foil": "e"})
+    (alone,) = planned({"prompt": "a" * 12, "target": "bcd"})
+    assert (one.texts, one.outputs, alone.texts, alone.outputs) == (1, 1, 1, 3)
+
+
 def test_units_and_outputs_are_priced(shape):
     tokens, words = (methods_work(shape, Size(60, n), ["occlusion"])[0] for n in (60, 12))
     assert 3 < tokens / words < 6
@@ -777,7 +791,8 @@ def test_the_command_refuses_a_run_without_room_before_anything_is_written(
     free(10**8)
     done = command(*given)
     assert done.exit_code == 2 and done.stderr.startswith("Error: About ")
-    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert done.stderr.count("\n") == 1
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["plan.parquet"]  # the check's
     dry = command(*given, "--dry-run")
     assert dry.exit_code == 2 and "would run" in dry.stdout and dry.stderr == done.stderr
 
