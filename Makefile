@@ -6,6 +6,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 WHOLE := .venv/whole
+# Most of what is installed is never imported, and what is gets its bytecode at the first import: half
+# of the set-up's time. So that must be written, whatever the environment says.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 PROMPTS ?= notebooks/prompts.yml
 OUT ?= outputs/reports
 # Workers for the tests. Two torch processes with two threads each crawl, so each gets one thread.
@@ -31,12 +35,12 @@ help:
 # torch goes first and pinned: nothing else may then draw in another build of it.
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)"
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[reports]"
+	$(INSTALL) "$$(grep '^torch==' requirements.lock)"
+	$(INSTALL) --constraint requirements.lock --editable ".[reports]"
 	touch $(READY)
 
 $(WHOLE): $(READY)
-	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(INSTALL) -r requirements.lock
 	touch $(WHOLE)
 
 model: $(READY)
