@@ -1,0 +1,53 @@
+"""Every page of the book in a real browser, narrow and wide, in the light and in the dark.
+
+Minutes of work, so ``make test-book`` does it and names the book by ``BOOK``.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+from tests.reports.test_browser import CHROMIUM, FLAGS
+
+axe = pytest.importorskip("axe_playwright_python.base", reason="axe is not installed")
+AXE = "async () => (await axe.run(document, {resultTypes: ['violations']})).violations"
+WIDER = """() => [...document.querySelectorAll("article *")]
+  .filter((one) => one.getBoundingClientRect().right > innerWidth + 1)
+  .filter((one) => !one.closest("pre, .table-wrapper, .output, .sig, div.math"))
+  .map((one) => one.outerHTML.slice(0, 100))"""
+PAGES = sorted(
+    file
+    for file in Path(os.environ.get("BOOK", "no book")).resolve().rglob("*.html")
+    if "_static" not in file.parts and "reports" not in file.parent.parts[-2:]
+)
+
+if not PAGES:
+    pytest.skip("make test-book looks at every page in a browser", allow_module_level=True)
+
+
+@pytest.fixture(scope="module", params=["light", "dark"])
+def page(request):
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: install it to run the browser tests")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(color_scheme=request.param, reduced_motion="reduce")
+        page.asked = []
+        page.on("request", lambda asked: page.asked.append(asked.url))
+        yield page
+        browser.close()
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_axe_finds_nothing_and_nothing_is_cut_off(page, file):
+    page.set_viewport_size({"width": 1400, "height": 900})
+    page.goto(file.as_uri())
+    page.evaluate(f"{axe.AXE_SCRIPT}; 0")
+    found = page.evaluate(AXE)
+    told = [(one["id"], one["impact"], [n["html"] for n in one["nodes"]][:3]) for one in found]
+    assert not told
+    page.set_viewport_size({"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360, page.evaluate(WIDER)
+    assert all(url.startswith(("file:", "data:", "blob:")) for url in page.asked)
