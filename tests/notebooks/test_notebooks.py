@@ -19,7 +19,7 @@ import helpers
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-LESSONS = [path for path in NOTEBOOKS if path.stem != "report"]
+LESSONS = [path for path in NOTEBOOKS if path.stem not in ("00_start", "report")]
 TAGS = {
     "first-screen",
     "parameters",
