@@ -16,6 +16,7 @@ from helpers import tiny_llama
 from llama_reports.jobs import NOTEBOOKS
 
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+NAMES.append(NAMES.pop(NAMES.index("00_start")))  # the others keep the prompt that is theirs
 PROMPTS = {
     "question": "Who wrote the play Romeo and Juliet?",
     "code": 'def mean(xs):\n    """Return the $average$ of \'xs\'."""\n    return sum(xs) / len(',
