@@ -31,7 +31,7 @@ from llama_reports.gallery import write_index
 from llama_reports.jobs import finished, plan
 from llama_reports.prompts import Row
 from llama_reports.run import keep_failure, report_source, run_report
-from llama_reports.scores import chunks, discard_unfinished, finished_ids, score_part
+from llama_reports.scores import chunks, discard_unfinished, finished_ids, part_name, score_part
 from llama_reports.terminal import say
 
 AHEAD = 64  # jobs that are put in order together
@@ -155,11 +155,16 @@ def _report_all(jobs, out, cluster, threads, tried, done, timeout):
     to_run = (job for job in jobs if job.slug in open_slugs)
     ordered = to_run if cluster == (None, None) else _longest_first(to_run)
     tasks = ((job, report_source(job.notebook)) for job in ordered)
+
+    def fits(task, facts):
+        names = ("slug", "identity")
+        return [facts.get(name) for name in names] == [getattr(task[0], name) for name in names]
+
     function = partial(_report, out=out.resolve(), model=jobs.model, threads=threads)
     function = partial(function, timeout=timeout)
     with (
         suppress(KeyboardInterrupt),
-        closing(_results(function, tasks, jobs, out, cluster)) as results,
+        closing(_results(function, tasks, jobs, out, cluster, fits)) as results,
         tqdm(total=left, unit="report", disable=None) as bar,
     ):
         for (job, _), facts, error in results:
@@ -207,13 +212,17 @@ def _score_all(jobs, out, cluster, threads, tried):
     options["methods"] = jobs.methods
     function = partial(score_part, out=out.resolve(), **options)
     parts, done, failed, told, interrupted = chunks(chosen, done=known), 0, 0, 0, True
+
+    def fits(part, facts):
+        return (facts.get("part"), facts.get("prompts")) == (part_name(part), len(part))
+
     with (
         suppress(KeyboardInterrupt),
         tqdm(total=len(chosen) - before, unit="prompt", disable=None) as bar,
     ):
         while parts:
             halves = []
-            with closing(_results(function, parts, jobs, out, cluster)) as results:
+            with closing(_results(function, parts, jobs, out, cluster, fits)) as results:
                 for part, facts, error in results:
                     if error is None:
                         done += facts["prompts"]
@@ -234,10 +243,15 @@ def _score_all(jobs, out, cluster, threads, tried):
     return failed, interrupted
 
 
-def _results(function, tasks, jobs, out, cluster):
+class _OfAnotherTask(Exception):
+    """What came back as the result of a task is not that."""
+
+
+def _results(function, tasks, jobs, out, cluster, fits):
     """``(task, result, error)`` of every task: here, or on a cluster.
 
-    An error that is no task's own, such as a full disk, is raised.
+    A result counts only where it ``fits`` its task. An error that is no task's own, such as a full
+    disk, is raised.
     """
     workers, scheduler = cluster
     if scheduler is None and (workers or 1) == 1:
@@ -253,6 +267,8 @@ def _results(function, tasks, jobs, out, cluster):
         for task, result, error in results:
             if isinstance(error, (InputError, OSError)):
                 raise error
+            if error is None and not (isinstance(result, dict) and fits(task, result)):
+                result, error = None, _OfAnotherTask()
             yield task, result, error
 
 
@@ -274,5 +290,10 @@ def _why(error):
         return (
             "Every worker that ran this prompt died, most often for lack of memory: try a shorter "
             "prompt, or fewer workers."
+        )
+    if isinstance(error, _OfAnotherTask):
+        return (
+            "A worker sent back what is no result of this prompt, and it was not taken: see who "
+            "else can reach the scheduler, and run the same command again."
         )
     return f"{type(error).__name__}: {error}"

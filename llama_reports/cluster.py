@@ -10,12 +10,13 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import dask
-from distributed import Client, KilledWorker, LocalCluster, as_completed
+from distributed import Client, KilledWorker, LocalCluster, Security, as_completed, get_worker
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 
@@ -51,10 +52,13 @@ def run_on_cluster(
     ``KilledWorker``. When the scheduler goes away, what was not finished is handed out again by
     the one that comes in its place.
 
-    ``scheduler`` is an address such as ``"tcp://10.0.0.1:8786"``. Raises ``InputError`` if there is
-    none within ``patience`` seconds, no worker comes within it, or a worker does not see
-    ``folder``, runs another version of this package, or has another ``model``: name and digest.
+    ``scheduler`` is an address such as ``"tcp://10.0.0.1:8786"``. A cluster that is started here
+    speaks TLS, with a key that nobody else has and that ends with it. Raises ``InputError`` if
+    there is no scheduler within ``patience`` seconds, no worker comes within it, or a worker does
+    not see ``folder``, runs another version of this package, or has another ``model``: name and
+    digest. A worker that joins later is asked the same, but for the folder, with its first task.
     """
+    function = partial(_on_a_fit_worker, function, _version(), model)
     unfinished, suspects = list[Any](), list[Any]()
     tasks = iter(tasks)
     while True:
@@ -128,6 +132,7 @@ def _client(workers, scheduler, patience):
                     threads_per_worker=1,
                     dashboard_address="127.0.0.1:0",  # None would take a fixed port
                     silence_logs=logging.CRITICAL,
+                    security=Security.temporary(),  # else any process here could run code there
                 )
             )
         try:
@@ -151,7 +156,8 @@ def _check_workers(client, folder, patience, model=None):
     probe = Path(folder).resolve() / f".probe-{uuid.uuid4().hex}"
     probe.touch()
     try:
-        seen = client.run(_look, str(probe), model and model[0], on_error="return")
+        options = {"version": _version(), "model": model, "on_error": "return"}
+        seen = client.run(_look, str(probe), **options)
     finally:
         probe.unlink()
     for worker, answer in seen.items():
@@ -160,11 +166,8 @@ def _check_workers(client, folder, patience, model=None):
         elif not answer[0]:
             why = f"does not see {probe.parent}: use a folder that all machines share, under the "
             why += "same path."
-        elif answer[1] != _version():
-            why = "runs another version of helpers, llama_reports, torch, transformers, captum or "
-            why += "numpy, and its numbers could differ: install the same there."
-        elif model and answer[2] != model[1]:
-            why = f"has another model under the name {public_name(model[0])}: copy this one there."
+        elif answer[1]:
+            why = answer[1]
         else:
             continue
         raise InputError(f"The worker {worker} {why}")
@@ -174,8 +177,31 @@ def _version():
     return code_version(), code_version(Path(__file__).resolve().parent)
 
 
-def _look(path, model=None):
+def _look(path, version=None, model=None):
+    """Whether this worker sees ``path``, and why it cannot be used, or ``None``."""
     deadline = time.monotonic() + 5  # a shared folder may be slow to tell
     while not Path(path).exists() and time.monotonic() < deadline:
         time.sleep(0.2)
-    return Path(path).exists(), _version(), model_digest(model) if model else None
+    return Path(path).exists(), _unfit(version, model)
+
+
+@cache
+def _unfit(version, model):
+    """Why this process cannot be a worker: other code, another model; ``None`` if it can."""
+    if version not in (None, _version()):
+        return (
+            "runs another version of helpers, llama_reports, torch, transformers, captum or "
+            "numpy, and its numbers could differ: install the same there."
+        )
+    if model and model_digest(model[0]) != model[1]:
+        name = public_name(model[0])
+        return f"has another model under the name {name}: copy this one there."
+    return None
+
+
+def _on_a_fit_worker(function, version, model, task):
+    """``function(task)``; ``InputError`` on a worker that came later and is unlike the others."""
+    why = _unfit(version, model)
+    if why:
+        raise InputError(f"The worker {get_worker().address} {why}")
+    return function(task)

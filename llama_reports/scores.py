@@ -192,7 +192,7 @@ def score_part(
     """
     clock = [time.perf_counter()]
     jobs = list({job.identity: job for job in jobs}.values())
-    name = f"part-{_digest(jobs)}.parquet"
+    name = part_name(jobs)
     with ExitStack() as after:
         after.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads)
@@ -229,9 +229,10 @@ def _loaded(name, dtype):
     return model, tokenizer, origin
 
 
-def _digest(jobs):
+def part_name(jobs: Iterable[Job]) -> str:
+    """The name of the files that hold a part: the same for the same jobs."""
     ids = "\n".join(sorted(job.identity for job in jobs))
-    return hashlib.sha256(ids.encode()).hexdigest()[:16]
+    return f"part-{hashlib.sha256(ids.encode()).hexdigest()[:16]}.parquet"
 
 
 def _ask(model, tokenizer, job):

@@ -2,22 +2,30 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
+from contextlib import closing
 from functools import partial
+from operator import neg
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
 import yaml
-from distributed import Client, KilledWorker
+from distributed import Client, KilledWorker, get_worker
 from running import PATIENCE, scores, wait_for
+from typer.testing import CliRunner
 
 from helpers.errors import InputError
+from llama_reports import cluster
+from llama_reports import command as module
 from llama_reports.cluster import run_on_cluster
+from llama_reports.jobs import plan
 from llama_reports.versions import model_digest
 
 KILL_THE_WORKER = """
@@ -62,6 +70,109 @@ def test_a_worker_keeps_freed_memory_for_the_next_row(tmp_path):
         name: value for name, value, _ in run_on_cluster(environment, names, tmp_path, workers=1)
     }
     assert found["MALLOC_TRIM_THRESHOLD_"] is None and found["OMP_NUM_THREADS"] is not None
+
+
+STRANGER = """
+import sys
+from pathlib import Path
+from distributed import Client, Security
+
+address, mark, key = sys.argv[1:]
+keys = {"security": Security.temporary()} if key else {}
+try:
+    with Client(address, timeout=4, **keys) as client:
+        client.run(Path(mark).touch)
+except (OSError, TypeError, ValueError) as error:
+    print("refused:", type(error).__name__)
+"""
+
+
+def stranger(address, mark, key=""):
+    """Another process of this machine that tries to run code on a cluster; what it says."""
+    given = [sys.executable, "-c", STRANGER, address, str(mark), key]
+    return subprocess.run(given, capture_output=True, text=True, timeout=PATIENCE).stdout
+
+
+def addresses(task):
+    """Where the scheduler, this worker and its nanny listen."""
+    worker = get_worker()
+    return [worker.scheduler.address, worker.address, worker.nanny]
+
+
+def test_nobody_without_the_key_runs_code_on_a_cluster_that_is_started_here(tmp_path):
+    with closing(run_on_cluster(addresses, [1, 2], tmp_path, workers=1)) as done:
+        _, listening, error = next(done)
+        assert error is None and all(address.startswith("tls://") for address in listening)
+        mark = tmp_path / "taken"
+        for address in listening[:2]:
+            bare = address.replace("tls://", "tcp://")
+            for try_at, key in ((bare, ""), (address, ""), (address, "of my own")):
+                assert stranger(try_at, mark, key).startswith("refused:"), (try_at, key)
+        assert not mark.exists()
+        assert next(done)[2] is None  # and the cluster goes on
+    port = free_port()  # the same stranger where no key is asked for
+    scheduler = ["dask_scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard"]
+    at = f"tcp://127.0.0.1:{port}"
+    with started(*scheduler), started("dask_worker", at, "--no-dashboard") as worker:
+        with Client(at, timeout=PATIENCE) as client:
+            client.wait_for_workers(1, timeout=PATIENCE)
+        assert worker.poll() is None and stranger(at, mark) == "" and mark.exists()
+
+
+OTHER_CODE = """
+from llama_reports import cluster
+cluster._version = lambda: "another"
+"""
+
+
+def test_a_worker_that_joins_later_with_other_code_gets_no_task(tmp_path):
+    (tmp_path / "other.py").write_text(OTHER_CODE)
+    port = free_port()
+    at = f"tcp://127.0.0.1:{port}"
+    scheduler = ["dask_scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard"]
+    worker = ["dask_worker", at, "--nthreads", 1, "--no-dashboard"]
+    worker += ["--local-directory", tmp_path]
+    with started(*scheduler), started(*worker), contextlib.ExitStack() as later:
+        tasks = range(100_000)
+        done = later.enter_context(closing(run_on_cluster(neg, tasks, tmp_path, scheduler=at)))
+        assert next(done)[2] is None
+        later.enter_context(started(*worker, "--preload", tmp_path / "other.py"))
+        deadline = time.monotonic() + PATIENCE
+        with pytest.raises(InputError, match="runs another version"):
+            for task, result, error in done:
+                if isinstance(error, InputError):  # as the command raises it
+                    raise error
+                assert result == -task and time.monotonic() < deadline
+
+
+def test_a_model_is_asked_for_by_its_digest(tiny_folder):
+    model, digest = str(tiny_folder), model_digest(str(tiny_folder))
+    assert cluster._unfit(cluster._version(), (model, digest)) is None
+    assert "another model under the name" in cluster._unfit(None, (model, "of other weights"))
+
+
+def test_what_a_worker_sends_back_for_another_prompt_is_not_taken(
+    tmp_path, tiny_folder, quick_notebook, monkeypatch
+):
+    """The work of the command itself, where each report is answered for by another one."""
+    prompts, out = prompts_file(tmp_path), tmp_path / "out"
+    jobs = plan(prompts, model=str(tiny_folder), notebook=str(quick_notebook()), out=out)
+    before = next(iter(jobs))
+    real = module._report
+
+    def of_the_first(task, *given, **options):
+        facts = real(task, *given, **options)
+        return facts if task[0] == before else facts | {"slug": before.slug}
+
+    monkeypatch.setattr(module, "_report", of_the_first)
+    line = [prompts, "--model", tiny_folder, "--notebook", jobs._notebook, "--out", out]
+    done = CliRunner().invoke(module.app, list(map(str, line)))
+    assert done.exit_code == 1 and "1 of 5 reports done, 4 failed." in done.output
+    assert done.output.count("no result of this prompt, and it was not taken") == 4
+    shutil.rmtree(out)
+    monkeypatch.setattr(module, "score_part", lambda part, out, **options: {"part": "x.parquet"})
+    done = CliRunner().invoke(module.app, [*map(str, line), "--scores-only"])
+    assert done.exit_code == 1 and "0 of 5 prompts done, 5 failed." in done.output
 
 
 def endless():
@@ -207,8 +318,6 @@ except InputError as error:
 
 def test_a_worker_that_does_not_see_the_folder_is_named(tmp_path, monkeypatch, tiny_folder):
     from distributed import LocalCluster
-
-    from llama_reports import cluster
 
     local = LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None)
     with local, Client(local) as client:

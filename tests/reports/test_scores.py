@@ -35,6 +35,7 @@ from llama_reports.scores import (
     chunks,
     discard_unfinished,
     finished_ids,
+    part_name,
     score_part,
 )
 
@@ -591,7 +592,7 @@ def test_a_stream_is_read_a_window_at_a_time():
 
 def test_a_part_is_named_by_its_ids_alone():
     jobs = some_jobs(5)
-    assert module._digest(jobs) == module._digest(jobs[::-1]) != module._digest(jobs[:4])
+    assert part_name(jobs) == part_name(jobs[::-1]) != part_name(jobs[:4])
 
 
 # --- the documentation -------------------------------------------------------------------------
