@@ -22,9 +22,10 @@ from running import PATIENCE, scores, wait_for
 from typer.testing import CliRunner
 
 from helpers.errors import InputError
+from llama_reports import all_prompts as module
 from llama_reports import cluster
-from llama_reports import command as module
 from llama_reports.cluster import run_on_cluster
+from llama_reports.command import app
 from llama_reports.jobs import plan
 from llama_reports.versions import model_digest
 
@@ -166,12 +167,12 @@ def test_what_a_worker_sends_back_for_another_prompt_is_not_taken(
 
     monkeypatch.setattr(module, "_report", of_the_first)
     line = [prompts, "--model", tiny_folder, "--notebook", jobs._notebook, "--out", out]
-    done = CliRunner().invoke(module.app, list(map(str, line)))
+    done = CliRunner().invoke(app, list(map(str, line)))
     assert done.exit_code == 1 and "1 of 5 reports done, 4 failed." in done.output
     assert done.output.count("no result of this prompt, and it was not taken") == 4
     shutil.rmtree(out)
     monkeypatch.setattr(module, "score_part", lambda part, out, **options: {"part": "x.parquet"})
-    done = CliRunner().invoke(module.app, [*map(str, line), "--scores-only"])
+    done = CliRunner().invoke(app, [*map(str, line), "--scores-only"])
     assert done.exit_code == 1 and "0 of 5 prompts done, 5 failed." in done.output
 
 
