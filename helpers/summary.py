@@ -434,7 +434,7 @@ def summarise(
     borne_out, sentences = _trust(question, method, first, found, tested)
     coarse = question.grouping not in FINE and strongest
     outputs, rest = result.outputs, _rest_of_character(model, question)
-    if rest:
+    if rest and question.foil is None:  # else there are tokens of the foil among them
         ids, before = [*(question.target or ()), *rest], question.input_ids[0].tolist()
         outputs = tuple(token_labels(question.tokenizer, ids, before)[: len(outputs)])
     return Summary(

@@ -26,6 +26,7 @@ from helpers.ground_truth import (
     solved,
 )
 from helpers.models import weights_digest
+from helpers.summary import default_units, explain
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -36,6 +37,7 @@ import ig_answers  # noqa: E402
 import long_prompts  # noqa: E402
 import precision  # noqa: E402
 import report  # noqa: E402
+import trust  # noqa: E402
 import yardsticks  # noqa: E402
 from peers import guide  # noqa: E402
 from prompt_sets import questions  # noqa: E402
@@ -499,3 +501,40 @@ def test_of_a_long_prompt_one_passage_alone_holds_the_answer():
         assert holds.index(True) == place and sum(holds) == 1 and len(holds) == 12
         assert all(entry["prompt"].count(source) == 1 for source in entry["sources"])
         assert entry["prompt"].count(answer[:-1]) == 1  # the question does not give it away
+
+
+# --- how far to trust a verdict ----------------------------------------------------------------
+
+
+def test_a_prompt_is_right_where_its_first_unit_holds_the_word_that_decides(bundled):
+    (_, question, other), *_ = solved(*bundled, cases("capital", "tuning"))
+    found = trust.judged(bundled[0], question, other)
+    words = default_units(question)
+    first = explain(bundled[0], words).strongest[0]
+    assert found["right"] == (first in evidence_units(words, other))
+    assert found["verdict"] in trust.VERDICTS and found["units"] == len(words.units)
+
+
+def verdicts(right):
+    """A made-up table: ``{verdict: shares that are right}``, two prompts a pair."""
+    rows = [
+        {"family": verdict, "case": case, "verdict": verdict, "right": float(value)}
+        for verdict, values in right.items()
+        for case, value in enumerate(values)
+    ]
+    tests = {"the odds halve": True, "methods agree": False, "units": 5}
+    return pd.DataFrame(rows).assign(**tests)
+
+
+def test_a_verdict_that_does_not_separate_is_called_so():
+    told = trust.separates(verdicts({"yes": [1] * 30, "weak": [1, 1, 0] * 10, "no": [0] * 30}))
+    assert "'borne out' is more often right than 'not borne out': by 100 points" in told
+    told = trust.separates(verdicts({"yes": [1, 1, 0, 0] * 5, "no": [0, 0, 1, 1] * 5}))
+    assert "no more often right than 'not borne out': by 0 points" in told
+    assert "'weakly borne out' was said of none." in told and "no proof" not in told
+    told = trust.separates(verdicts({"yes": [1, 0, 0, 0] * 5, "no": [0, 0]}))
+    assert "Of 'not borne out' there are too few prompts" in told
+    assert "It is no proof: of yes (25%) what is 'borne out' is mostly wrong." in told
+    text = trust.report_of(verdicts({"yes": [1, 0] * 10, "no": [0, 0]}))
+    assert "| borne out | 20 | 50% | 50% to 50% |" in text and "By chance it would in 20%" in text
+    assert "| methods agree | none | 45% of 22 |" in text
