@@ -112,6 +112,7 @@ bench: $(WHOLE) model $(INSEQ)/ready
 	$(BIN)/python benchmarks/integrated_gradients.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ig_answers.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/yardsticks.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/trust.py
 	$(BIN)/python benchmarks/planner.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/precision.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coalitions.py $(if $(SHAPIQ),--shapiq $(SHAPIQ))

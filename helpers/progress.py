@@ -2,13 +2,15 @@
 
 That is a terminal, or a notebook whose front end would let its user answer a question
 (``allow_stdin``), as JupyterLab does. papermill, nbval and nbconvert would not, so no bar is ever
-stored in what they run. A bar that has come to its end is wiped out.
+stored in what they run; nor has a process that another one started a bar. A bar that has come to its
+end is wiped out.
 """
 
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from multiprocessing import parent_process
 from typing import Any
 
 from tqdm import tqdm
@@ -50,6 +52,8 @@ def advance(rows: int) -> None:
 
 
 def _watched():
+    if parent_process() is not None:  # of several at work, who share a terminal
+        return False
     if sys.stderr is not None and sys.stderr.isatty():
         return True
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None

@@ -1,6 +1,8 @@
 """A bar for what takes long: where it is seen, what it counts, and that it leaves no trace."""
 
 import io
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +66,16 @@ def test_what_is_quick_or_seen_by_nobody_has_no_bar(tiny, terminal, monkeypatch)
     nobody = watched_by(io.StringIO(), monkeypatch)
     explain(tiny[0], question)
     assert nobody.getvalue() == ""
+
+
+def has_a_bar_on_a_terminal():
+    progress.sys.stderr = Terminal()
+    return progress._watched()
+
+
+def test_of_several_processes_at_one_terminal_none_has_a_bar():
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert not pool.submit(has_a_bar_on_a_terminal).result()
 
 
 def test_one_bar_stands_for_all_that_an_explanation_runs(tiny, terminal):
