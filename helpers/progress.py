@@ -2,8 +2,8 @@
 
 That is a terminal, or a notebook whose front end would let its user answer a question
 (``allow_stdin``), as JupyterLab does. papermill, nbval and nbconvert would not, so no bar is ever
-stored in what they run; nor has a process that another one started a bar. A bar that has come to its
-end is wiped out.
+stored in what they run. Nor has a process that another one started a bar. A bar that has come to
+its end is wiped out.
 """
 
 import sys
