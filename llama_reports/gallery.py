@@ -25,10 +25,10 @@ import pyarrow.csv
 import pyarrow.parquet
 from markupsafe import Markup
 
+from helpers.coloured import coloured_text, percent
 from helpers.faithfulness import bootstrap_interval
 from helpers.plots import readable, save_figure
 from helpers.prompts import shortened
-from helpers.summary import coloured_text, percent
 from llama_reports.files import read_mapping, write_whole
 from llama_reports.pages import EXCERPT, overview_page, shown
 

@@ -17,8 +17,9 @@ from nbconvert.filters import strip_ansi
 from nbconvert.preprocessors import TagRemovePreprocessor
 from papermill.execute import ERROR_MARKER_TAG
 
+from helpers.coloured import stylesheet
 from helpers.prompts import SHOWN, shortened
-from helpers.summary import Summary, stylesheet
+from helpers.summary import Summary
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 EXCERPT = 600  # characters of a prompt, so that what is said of it stands on the same screen

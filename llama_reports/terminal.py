@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from helpers.coloured import shades, unit_text
+
 if TYPE_CHECKING:
     from helpers.summary import Summary
 
@@ -63,8 +65,6 @@ def inert(text: str) -> str:
 
 def _prompt(summary):
     """The units that somebody wrote, or the model, on their colours, the strongest with numbers."""
-    from helpers.summary import NOT_WRITTEN, shades, unit_text  # with torch, which no refusal needs
-
     units = summary.question.units
     parts = [unit.part for unit in units]
     text, part = Text(), "prompt"
@@ -84,7 +84,7 @@ def _prompt(summary):
             )
             style = f"black on rgb({red},{green},{blue})"
         number = ""
-        if place in summary.strongest and unit.part not in NOT_WRITTEN:
+        if place in summary.strongest:
             number = f"[{summary.strongest.index(place) + 1}]"
         text.append(inert(unit_text(unit.label)) + number, style)
     return text

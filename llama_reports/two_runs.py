@@ -10,10 +10,10 @@ from urllib.parse import quote
 
 import numpy as np
 
+from helpers.coloured import percent
 from helpers.errors import InputError
 from helpers.faithfulness import rank_correlation
 from helpers.prompts import shortened
-from helpers.summary import percent
 from helpers.tables import NOT_WRITTEN
 from llama_reports.files import write_whole
 from llama_reports.gallery import Report, read_reports

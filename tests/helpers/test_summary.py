@@ -17,22 +17,19 @@ from helpers import ask, attribute, attribute_all
 from helpers.attribution import objective
 from helpers.attribution.methods import erasure_size
 from helpers.attribution.path import baseline_embeds
+from helpers.coloured import FEW, coloured_text, percent, quoted
 from helpers.faithfulness import against_random
 from helpers.prompts import joined_units
 from helpers.summary import (
     BLOCKS,
-    FEW,
     LONG,
     REPORTED,
     TRUSTED,
-    coloured_text,
     default_units,
     erasure_test,
     explain,
     most_trusted,
-    percent,
     probabilities_without,
-    quoted,
     reported,
     show,
     summarise,

@@ -23,7 +23,7 @@ from PIL import Image
 from running import option_rows
 
 from helpers import InputError
-from helpers.summary import percent
+from helpers.coloured import percent
 from llama_reports.files import write_whole
 from llama_reports.gallery import read_reports, write_index
 from llama_reports.jobs import find_notebook, plan
