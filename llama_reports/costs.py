@@ -408,11 +408,19 @@ def slow_dtype(model: str | Path, dtype: str, threads: int = 1) -> str | None:
     return slow_precision(_dtype(config, dtype), config.hidden_size, device, threads)
 
 
-def measure(shape: Shape, dtype: str = "float32", threads: int = 1, workers: int = 1) -> Machine:
+def measure(
+    shape: Shape,
+    dtype: str = "float32",
+    threads: int = 1,
+    workers: int = 1,
+    wall: bool = False,
+) -> Machine:
     """The ``Machine`` that this one is, for matrices of ``shape``; takes about a second.
 
     Its rates are those that each of ``workers`` with so many ``threads`` has while all compute.
     They share caches and memory as processes do: torch lets go of Python's lock while it computes.
+    Of one thread it is the processor's time, or with ``wall``, as of several, that of the clock:
+    what else runs on the machine slows all down alike where numbers of threads are compared.
     """
     device = device_of_runs()
     kind = _dtype(None, "float32" if dtype == "auto" else dtype)
@@ -434,7 +442,8 @@ def measure(shape: Shape, dtype: str = "float32", threads: int = 1, workers: int
 
     def one(names, code):
         # of one thread its processor's time, which others on the machine hardly change
-        clock = {"timer": time.thread_time} if threads == 1 and device.type == "cpu" else {}
+        own = threads == 1 and device.type == "cpu" and not wall
+        clock = {"timer": time.thread_time} if own else {}
         timer = Timer(code, globals=names, num_threads=threads, **clock)
         with torch.inference_mode():
             return timer.blocked_autorange(min_run_time=0.1).median

@@ -341,16 +341,16 @@ class _Run:
         tasks = _tasks(int(self.left.sum()), self.scores_only)
         return max(1, min(cores, int(ROOM * free() / max(1, one)), tasks))
 
-    def divisions(self, shape, cores, most, known=()):
-        """``{(workers, threads): seconds}`` of the ways to divide the cores that are worth a try.
+    def divisions(self, shape, cores, most, *more):
+        """``{(workers, threads): seconds}`` of the ways to divide the cores worth a try, and more.
 
-        But for those whose seconds are ``known``.
+        All by the clock on the wall, so that whatever else the machine does slows all down alike.
         """
         halves = (most >> times for times in range(most.bit_length()))
-        pairs = dict.fromkeys([(most, 1), *((workers, cores // workers) for workers in halves)])
+        pairs = [(most, 1), *((workers, cores // workers) for workers in halves), *more]
         found = {}
-        for workers, threads in pairs.keys() - {*known}:
-            machine = measure(shape, self.plan.dtype, threads, workers)
+        for workers, threads in dict.fromkeys(pairs):
+            machine = measure(shape, self.plan.dtype, threads, workers, wall=True)
             found[workers, threads] = self.seconds(shape, machine, workers)
         return found
 
@@ -405,10 +405,11 @@ def _faster(run, shape, seconds, workers, threads, cores):
     if device_of_runs().type != "cpu":
         return
     most = run.most_workers(shape, cores)
-    taken = run.divisions(shape, cores, most, [(workers, threads)])
-    best = min(taken, key=lambda pair: taken[pair], default=None)
-    if best is not None and taken[best] < FASTER * seconds:
-        times = f"about {taken[best] / seconds:.2g} times as long"
+    taken = run.divisions(shape, cores, most, (workers, threads))
+    best = min(taken, key=lambda pair: taken[pair])
+    ratio = taken[best] / taken[workers, threads]
+    if ratio < FASTER:
+        times = f"about {ratio:.2g} times as long"
         option = "--workers {} --threads {}".format(*best)
         yield f"{_in_words(*best)} ({option}), {times} by the rates that they have here."
     if run.plan.dtype == "float32":

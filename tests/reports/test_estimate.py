@@ -445,7 +445,7 @@ def test_scores_are_tried_as_a_part(command, tmp_path, tiny_folder):
 def of_rates(threads_help, workers_hinder):
     """A stand-in for ``measure``: how rates change with threads, and with workers beside one."""
 
-    def measured(shape, dtype="float32", threads=1, workers=1):
+    def measured(shape, dtype="float32", threads=1, workers=1, wall=False):
         times = threads**threads_help / workers**workers_hinder
         rates = (MACHINE.flops, MACHINE.bandwidth, 1 / MACHINE.overhead, MACHINE.near, MACHINE.far)
         flops, bandwidth, layers, near, far = (times * rate / 1e5 for rate in rates)
@@ -504,14 +504,14 @@ def test_what_would_be_faster_is_told_with_by_how_much(planned, monkeypatch):
     assert [line.split(",")[0] for line in best.faster] == ["--dtype bfloat16"]
     assert "with 1 worker of 4 threads;" in best.text
     assert estimate(jobs, workers=4).faster == ()  # where nobody asks
-    monkeypatch.setattr("llama_reports.estimate.measure", lambda *given: MACHINE)
+    monkeypatch.setattr("llama_reports.estimate.measure", lambda *given, **options: MACHINE)
     assert estimate(jobs, workers=4, cores=4).faster == ()
 
 
 def test_workers_that_compute_at_once_are_measured_and_torch_left_as_it_was(shape):
     before = torch.get_num_threads()
     for threads, workers in ((1, 2), (2, 1), (2, 2)):
-        machine = measure(shape, threads=threads, workers=workers)
+        machine = measure(shape, threads=threads, workers=workers, wall=True)
         rates = (machine.flops, machine.bandwidth, machine.overhead, machine.near, machine.far)
         assert min(rates) > 0 and torch.get_num_threads() == before
 
