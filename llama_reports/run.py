@@ -28,6 +28,8 @@ SUMMARY = [
 ]
 ATTEMPTS = 2  # kernels that may die of one prompt
 STARTS = 5  # kernels that may die before they are ready, which is no fault of a prompt
+NOT_ALL_CAME = "Timeout waiting for IOPub output"  # as nbclient calls it
+LATE = 60  # seconds after the end of a cell in which its outputs may still come
 TOO_LONG = "It took more than {:g} seconds and was stopped: ask for less, or a longer --timeout."
 FULL = (errno.ENOSPC, errno.EDQUOT)
 OURS = ("report.ipynb", "report.html", "report.json")  # what a report's folder gets beside its own
@@ -60,9 +62,10 @@ def run_report(
 
     A notebook that fails leaves the same folder, with the notebook up to its error and the error
     in ``report.json``; nothing is raised for it. So does one that takes more than ``timeout``
-    seconds, whose kernel is killed. A kernel that dies is tried once more, and one that dies before
-    it is ready up to four times. The folder is made elsewhere and moved when whole, so a reader
-    never finds half of one.
+    seconds, whose kernel is killed. A kernel that dies is tried once more, and so is one whose
+    outputs do not all come within a minute after a cell; one that dies before it is ready, as where
+    another program took its port, is tried up to four times more. The folder is made elsewhere and
+    moved when whole, so a reader never finds half of one.
 
     ``source`` is the notebook as ``report_source`` gives it, for a machine that has no such file;
     ``engine`` is papermill's, ``None`` for its own. Raises ``OSError`` if the disk is full: that
@@ -79,7 +82,8 @@ def run_report(
             work = Path(name, "report")  # the notebook's own: it may do there what it likes
             try:
                 work.mkdir()
-                error, died = _execute(source, job.parameters, work, engine, clock)
+                late = max(1, int(min(LATE, timeout)))
+                error, died = _execute(source, job.parameters, work, engine, clock, late)
                 attempt += 1
                 if died and attempt < ATTEMPTS:
                     continue
@@ -127,11 +131,11 @@ class _NotStarted(Exception):
     """A kernel that came to no cell: no fault of the prompt."""
 
 
-def _execute(source, parameters, work, engine, clock):
-    """Run the notebook in ``work``; gives its error as text or ``None``, and if the kernel died.
+def _execute(source, parameters, work, engine, clock, late):
+    """Run the notebook in ``work``; gives its error as text or ``None``, and if to try again.
 
     The executed notebook is beside ``work``, out of its own reach. ``clock`` says how long a cell
-    may take.
+    may take, ``late`` how many seconds after it an output may come.
     """
     report = work.with_name("report.ipynb")
     report.write_text(source, encoding="utf-8")
@@ -147,6 +151,7 @@ def _execute(source, parameters, work, engine, clock):
             resources={"metadata": {"path": str(work)}},
             progress_bar=False,
             timeout_func=clock,
+            iopub_timeout=late,  # 4 by default, which a busy machine may take
             # only a real error is worth a line between the progress bar's
             extra_arguments=["--log-level=ERROR"],
         )
@@ -155,7 +160,9 @@ def _execute(source, parameters, work, engine, clock):
         if failure.ename == "OSError" and (code := next(full, None)):
             raise OSError(code, os.strerror(code), str(work.parent)) from None
         return f"{failure.ename}: {failure.evalue}", False
-    except CellTimeoutError:
+    except CellTimeoutError as failure:
+        if NOT_ALL_CAME in str(failure).partition("Here is a preview")[0]:  # a cell may hold it
+            return f"Outputs of a cell did not come within {late} seconds: run it again.", True
         return TOO_LONG, False
     except DeadKernelError:
         return "The kernel died, most often for lack of memory: try a shorter prompt.", True

@@ -16,6 +16,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from multiprocessing import Pipe
@@ -31,6 +32,7 @@ from papermill.translators import papermill_translators
 from papermill.utils import find_first_tagged_cell_index
 
 INLINE = "module://matplotlib_inline.backend_inline"
+LAST_SAID = 4096  # bytes of a fork server's errors that are looked at
 CAN_FORK = sys.platform == "linux"
 
 
@@ -42,6 +44,7 @@ class ForkServer:
 
     def __init__(self, model: str | None, dtype: str) -> None:
         self.channel, theirs = Pipe()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed by close()
         with theirs:
             # -P: a file in the current folder must not stand in for a module
             command = [sys.executable, "-P", "-m", "llama_reports.fork_server"]
@@ -52,15 +55,18 @@ class ForkServer:
                 env=os.environ | {"MPLBACKEND": INLINE, "TOKENIZERS_PARALLELISM": "false"},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=self._errors,
                 start_new_session=True,  # Ctrl-C is for the caller to deal with
             )
         self._read()
 
     def fork(self, connection_file: str, cwd: str, environment: dict[str, str]) -> "Forked":
-        """A new kernel's process."""
+        """A new kernel's process. Raises ``ConnectionError``, with the reason, if there is none."""
         request = {"connection_file": connection_file, "cwd": cwd, "environment": environment}
-        self.channel.send(request)
+        try:
+            self.channel.send(request)
+        except OSError:
+            raise self._died() from None
         return Forked(self._read())
 
     def alive(self) -> bool:
@@ -70,12 +76,25 @@ class ForkServer:
         self.channel.close()
         self.process.kill()
         self.process.wait()
+        self._errors.close()
 
     def _read(self):
         try:
             return self.channel.recv()
-        except EOFError:
-            raise ConnectionError("The process that starts kernels has died.") from None
+        except (EOFError, OSError):
+            raise self._died() from None
+
+    def _died(self):
+        """The error that it has died, with the last that it said, or the signal that ended it."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        size = self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, size - LAST_SAID))
+        said = self._errors.read().decode("utf-8", "replace").strip().splitlines()
+        why = said[-1].strip() if said else f"exit status {self.process.returncode}"
+        if (self.process.returncode or 0) < 0:
+            why = signal.Signals(-self.process.returncode).name
+        return ConnectionError(f"the process that starts kernels has died: {why}")
 
 
 class Forked:

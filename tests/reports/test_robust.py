@@ -2,19 +2,24 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import nbformat
 import psutil
 import pytest
 import yaml
 from running import PATIENCE
 
 from helpers import InputError, tiny_llama
+from llama_reports import run
 from llama_reports.gallery import write_index
 from llama_reports.jobs import plan
 from llama_reports.run import run_report
+from llama_reports.warm import ForkServer
 
 
 def prompts_file(folder, *entries):
@@ -121,6 +126,68 @@ def test_a_kernel_that_dies_before_it_is_ready_is_tried_again(
     else:
         assert facts["error"].startswith("No kernel could be started")
         assert len((tmp_path / "starts").read_text()) == 5
+
+
+@pytest.mark.parametrize("port", ["shell_port", "iopub_port", "control_port"])
+def test_a_port_that_another_program_took_is_another_port_the_next_time(
+    tmp_path, quick_notebook, tiny_folder, monkeypatch, port
+):
+    """Ports are chosen before a kernel binds them: here somebody is faster, once."""
+    taken, real = [], ForkServer.fork
+
+    def fork(server, connection_file, *given):
+        if not taken:
+            number = json.loads(Path(connection_file).read_text())[port]
+            taken.append(socket.create_server(("127.0.0.1", number)))
+        else:
+            taken.append(None)
+        return real(server, connection_file, *given)
+
+    monkeypatch.setattr(ForkServer, "fork", fork)
+    (job,) = jobs_of(tmp_path, quick_notebook(), tiny_folder, "The keys to")
+    try:
+        facts = run_report(job, tmp_path / "out", str(tiny_folder))
+    finally:
+        taken[0].close()
+    assert (facts["error"], facts["attempts"], len(taken)) == (None, 1, 2)
+
+
+# the thread that sends outputs sleeps, while the kernel says that the cell has ended
+LATE = """
+if not Path(MARK).exists():
+    Path(MARK).touch()
+    import sys
+    import time
+    print("said", flush=True)
+    sys.stdout.flush_timeout = sys.stderr.flush_timeout = 0  # the cell ends without waiting for it
+    get_ipython().kernel.iopub_thread.schedule(lambda: time.sleep(SECONDS))
+    print("late")
+"""
+
+
+@pytest.mark.parametrize("seconds, patience, attempts", [(7, 60, 1), (40, 2, 2)])
+def test_an_output_that_comes_late_is_waited_for_or_the_report_made_again(
+    tmp_path, quick_notebook, tiny_folder, monkeypatch, seconds, patience, attempts
+):
+    monkeypatch.setattr(run, "LATE", patience)
+    cell = LATE.replace("MARK", repr(str(tmp_path / "mark"))).replace("SECONDS", str(seconds))
+    (job,) = jobs_of(tmp_path, quick_notebook(cell), tiny_folder, "The keys to")
+    facts = run_report(job, tmp_path / "out", str(tiny_folder))
+    assert (facts["error"], facts["attempts"]) == (None, attempts)
+    text = (tmp_path / "out" / job.slug / "report.ipynb").read_text(encoding="utf-8")
+    if attempts == 1:
+        cells = nbformat.reads(text, as_version=4).cells
+        assert any(o.get("text", "").endswith("late\n") for o in cells[-1].outputs)
+
+
+def test_outputs_that_never_come_are_told(tmp_path, quick_notebook, tiny_folder, monkeypatch):
+    monkeypatch.setattr(run, "LATE", 2)
+    cell = LATE.replace("MARK", repr(str(tmp_path / "no" / "mark"))).replace("SECONDS", "40")
+    cell = cell.replace(".touch()", "")
+    (job,) = jobs_of(tmp_path, quick_notebook(cell), tiny_folder, "The keys to")
+    facts = run_report(job, tmp_path / "out", str(tiny_folder))
+    assert facts["error"] == "Outputs of a cell did not come within 2 seconds: run it again."
+    assert facts["attempts"] == 2
 
 
 # --- folders -----------------------------------------------------------------------------------

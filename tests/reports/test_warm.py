@@ -163,6 +163,24 @@ def test_a_server_that_dies_is_replaced(tmp_path):
     assert WarmEngine._server is not dead
 
 
+def test_a_server_that_fails_says_why(tmp_path, monkeypatch):
+    broken = tmp_path / "captum"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise ImportError('captum was built for another torch')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    why = "the process that starts kernels has died: ImportError: captum was built for another"
+    with pytest.raises(ConnectionError, match=why):
+        ForkServer(None, "float32")
+    monkeypatch.undo()
+    server = ForkServer(None, "float32")
+    server.process.kill()
+    server.process.wait()
+    for _ in range(2):
+        with pytest.raises(ConnectionError, match=r"has died: SIGKILL$"):
+            server.fork(str(tmp_path / "connection.json"), str(tmp_path), dict(os.environ))
+    server.close()
+
+
 def test_a_leak_ends_with_its_run(tmp_path):
     leak = "import builtins; builtins.leak = bytearray(b'x' * 300_000_000); import helpers.models\n"
     run(notebook(tmp_path, "1"))
