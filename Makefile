@@ -15,7 +15,7 @@ OUT ?= outputs/reports
 # Workers for the tests. Two torch processes with two threads each crawl, so each gets one thread.
 WORKERS ?= 2
 
-.PHONY: report test test-other-cpu models hostile lint lab figures bench evidence model execute lock clean help
+.PHONY: report test test-other-cpu models hostile lint lab book test-book figures bench evidence model execute lock clean help
 
 help:
 	@echo "make report   run the comparison over notebooks/prompts.yml; prints where the index is"
@@ -24,6 +24,8 @@ help:
 	@echo "make models   which families and checkpoints take which method, tried and told in a table"
 	@echo "make hostile  20,000 damaged checkpoints: one sentence, or a model that works"
 	@echo "make lab      JupyterLab on the notebooks"
+	@echo "make book     a site of notebooks, docs and functions in outputs/book/html; opens with no network"
+	@echo "make test-book   every page of it in a browser, narrow and wide, in the light and in the dark"
 	@echo "make figures  every notebook's figures as PNG and SVG in outputs/figures"
 	@echo "make bench    speed and accuracy beside other libraries, over two hours; benchmarks/results.md"
 	@echo "make evidence which method to believe, over 154 prompts, 20 minutes; can be interrupted; of your"
@@ -83,6 +85,16 @@ lint: $(WHOLE)
 lab: $(WHOLE) model
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
+# From the notebooks as they are committed. Reports of make report, where they are there, come along.
+BOOK := outputs/book/html
+book: $(WHOLE)
+	rm -rf outputs/book
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs -d outputs/book/doctrees . $(BOOK)
+	@echo "The book is $(CURDIR)/$(BOOK)/index.html"
+
+test-book: book
+	BOOK=$(BOOK) $(BIN)/python -m pytest -q -n $(WORKERS) tests/book
+
 figures: $(WHOLE) model
 	@for notebook in notebooks/*.ipynb; do \
 		name=$$(basename $$notebook .ipynb); mkdir -p outputs/figures/$$name; \
@@ -132,7 +144,7 @@ execute: $(WHOLE) model
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)"
-	.venv-lock/bin/python -m pip install --quiet ".[reports,lab,test]"
+	.venv-lock/bin/python -m pip install --quiet ".[reports,lab,test,book]"
 	( echo "# Written by make lock: the exact set the tests pass with."; \
 	  .venv-lock/bin/python -m pip freeze --exclude llama-notebooks | sed 's/+cpu$$//' ) > requirements.lock
 	( echo "# Written by make lock: the same set as requirements.lock, for conda users."; \
@@ -142,4 +154,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv outputs/reports outputs/figures
+	rm -rf .venv outputs/reports outputs/figures outputs/book

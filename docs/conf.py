@@ -4,6 +4,8 @@ The source folder is the root of the repository, so that a link from a notebook 
 from docs/ to a notebook, is the same link on a code host and in the book.
 """
 
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -12,6 +14,7 @@ from pathlib import Path
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util import logging
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the docstrings are those of this folder
@@ -30,7 +33,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary"]
 
 nb_execution_mode = "off"
 nb_merge_streams = True
-myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 4  # as code hosts name them
 
 autosummary_generate = False  # tables of what is there; the pages are written by hand
@@ -66,15 +69,16 @@ if (REPORTS / "index.html").is_file():
 # a docstring's table of fields, and a bar: an absolute value
 FIELD = re.compile(r"(``\S.*?``(?:, ``.*?``)*) {2,}(\S.*)")
 BAR = re.compile(r"(``.*?``)|\|")
+PARAMETERS = re.compile(r"<dl>\n((?:<dd>.*</dd>\n)+)</dl>")
 NO_HEADING = re.compile(r"<th([^>]*)>(?:\s|<p>\s*</p>)*</th>")
 
 
 def setup(app):
     app.connect("autodoc-process-docstring", _as_restructured_text)
-    app.connect("html-page-context", _name_what_has_no_name, priority=900)  # after the theme
+    app.connect("html-page-context", _mend_markup, priority=900)  # after the theme
     app.connect("build-finished", _copy_reports)
-    app.connect("source-read", _fold_solutions)
-    app.connect("doctree-read", _number, priority=100)  # before the titles are collected
+    app.connect("source-read", _read_notebook)
+    app.connect("doctree-read", _number_and_describe, priority=100)  # before titles are collected
     app.add_html_math_renderer("mathml", (_inline_formula, None), (_formula, None))
 
 
@@ -85,15 +89,24 @@ def _as_restructured_text(app, what, name, about, options, lines):
         line = BAR.sub(lambda found: found[1] or r"\|", line)
         field = FIELD.fullmatch(line)
         within = bool(field) or (within and line.startswith(" "))
-        told += [field[1], "   " + field[2]] if field else ["   " + line.strip()] if within else [line]
+        if field:
+            told += [field[1], "   " + field[2]]
+        else:
+            told.append("   " + line.strip() if within else line)
     lines[:] = told
 
 
-def _name_what_has_no_name(app, pagename, template, context, doctree):
-    """What a screen reader would read as a heading without a level, or without a text."""
+def _mend_markup(app, pagename, template, context, doctree):
+    """What screen readers stumble over: headings without level or text, lists that are none."""
     for part in {"body", "furo_navigation_tree"} & context.keys():
         named = context[part].replace('role="heading"', 'role="heading" aria-level="2"')
-        context[part] = NO_HEADING.sub(r"<td\1></td>", named)
+        named = NO_HEADING.sub(r"<td\1></td>", named)
+        context[part] = PARAMETERS.sub(_as_lines, named)
+
+
+def _as_lines(found):
+    lines = found[1].replace("<dd>", "<span>").replace("</dd>", "</span>")
+    return f'<span class="parameters">{lines}</span>'
 
 
 def _copy_reports(app, error):
@@ -102,11 +115,11 @@ def _copy_reports(app, error):
         shutil.copytree(REPORTS, app.outdir / "reports", ignore=hidden, dirs_exist_ok=True)
 
 
-def _fold_solutions(app, docname, source):
-    """A cell tagged ``solution`` opens when it is asked for."""
+def _read_notebook(app, docname, source):
+    """A cell tagged ``solution`` opens when it is asked for; pictures keep what describes them."""
     if not docname.startswith("notebooks/"):
         return
-    notebook = json.loads(source[0])
+    notebook, described = json.loads(source[0]), {}
     for cell in notebook["cells"]:
         tags = cell["metadata"].get("tags", [])
         if "solution" in tags:
@@ -115,15 +128,29 @@ def _fold_solutions(app, docname, source):
                 "code_prompt_show": "Show a solution",
                 "code_prompt_hide": "Hide the solution",
             }
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                picture = base64.b64decode("".join(output["data"]["image/png"]))
+                digest = hashlib.sha256(picture).hexdigest()  # myst-nb's name for the file
+                described[digest] = output["metadata"].get("image/png", {}).get("alt")
+    app.env.current_document["described"] = described
     source[0] = json.dumps(notebook)
 
 
-def _number(app, doctree):
-    """Lessons are called by their numbers, so their titles have them."""
+def _number_and_describe(app, doctree):
+    """Lessons are called by their numbers, so titles have them; myst-nb drops alternative texts."""
     number, _, name = Path(app.env.docname).name.partition("_")
     if number.isdigit() and name:
         title = next(doctree.findall(nodes.title))
         title.insert(0, nodes.Text(f"{number} "))
+    described = app.env.current_document.get("described", {})
+    for image in doctree.findall(nodes.image):
+        alt = image.get("alt") or described.get(Path(image["uri"]).stem)
+        if alt:
+            image["alt"] = alt
+        else:
+            told = "A picture has no alternative text: show_figure takes one."
+            logging.getLogger(__name__).warning(told, location=image)
 
 
 def _inline_formula(translator, node):

@@ -1,5 +1,5 @@
 // What scrolls sideways can be reached and moved with the keyboard, and landmarks have names.
-const boxes = "pre, .table-wrapper, .cell_output .output, div.math";
+const boxes = "pre, .table-wrapper, .cell_output .output, .math-wrapper";
 
 function reachable() {
   for (const box of document.querySelectorAll(boxes)) {

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
-    """The folder of the built book: the one that ``BOOK`` names, or one built as ``make book`` does."""
+    """The folder of the book: the one that ``BOOK`` names, or one built as ``make book`` does."""
     if "BOOK" in os.environ:
         return Path(os.environ["BOOK"]).resolve()
     for needed in ("furo", "myst_nb"):

@@ -51,3 +51,12 @@ def test_axe_finds_nothing_and_nothing_is_cut_off(page, file):
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360, page.evaluate(WIDER)
     assert all(url.startswith(("file:", "data:", "blob:")) for url in page.asked)
+
+
+def test_a_search_finds_what_a_notebook_shows(page):
+    book = Path(os.environ["BOOK"]).resolve()
+    page.goto(f"{(book / 'search.html').as_uri()}?q=sink")
+    page.locator("#search-results a").first.wait_for()
+    found = page.locator("#search-results a").evaluate_all("all => all.map((one) => one.href)")
+    assert any("notebooks/06_attention.html" in link for link in found)
+    assert any("docs/glossary.html#attention-sink" in link for link in found)
