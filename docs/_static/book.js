@@ -3,7 +3,8 @@ const boxes = "pre, .table-wrapper, .cell_output .output, .math-wrapper";
 
 function reachable() {
   for (const box of document.querySelectorAll(boxes)) {
-    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+    const wide = box.scrollWidth > box.clientWidth, high = box.scrollHeight > box.clientHeight;
+    if (wide || high) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }
 }
