@@ -15,7 +15,7 @@ OUT ?= outputs/reports
 # Workers for the tests. Two torch processes with two threads each crawl, so each gets one thread.
 WORKERS ?= 2
 
-.PHONY: report test test-other-cpu models hostile lint lab book test-book figures bench evidence model execute lock clean help
+.PHONY: report test test-other-cpu models hostile lint lab student book test-book figures bench evidence model execute lock clean help
 
 help:
 	@echo "make report   run the comparison over notebooks/prompts.yml; prints where the index is"
@@ -24,6 +24,7 @@ help:
 	@echo "make models   which families and checkpoints take which method, tried and told in a table"
 	@echo "make hostile  20,000 damaged checkpoints: one sentence, or a model that works"
 	@echo "make lab      JupyterLab on the notebooks"
+	@echo "make student  the notebooks without solutions, with checks in their place; outputs/student"
 	@echo "make book     a site of notebooks, docs and functions in outputs/book/html; opens with no network"
 	@echo "make test-book   every page of it in a browser, narrow and wide, in the light and in the dark"
 	@echo "make figures  every notebook's figures as PNG and SVG in outputs/figures"
@@ -84,6 +85,10 @@ lint: $(WHOLE)
 
 lab: $(WHOLE) model
 	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+# What lies there already is left as it is: it may hold answers.
+student: $(WHOLE) model
+	@$(BIN)/python -m helpers.exercises
 
 # From the notebooks as they are committed. Reports of make report, where they are there, come along.
 BOOK := outputs/book/html
