@@ -69,7 +69,11 @@ def as_exercise(solution: str, title: str) -> tuple[str, str]:
     told = f"Your answer. The check looks at: {', '.join(asked)}"
     blank = [*imports, *[""] * bool(imports), *(f"# {line}" for line in textwrap.wrap(told, 90))]
     names = "Unchecked, check" if "    raise Unchecked" in kept else "check"
-    head = [f"from helpers.exercises import {names}", "", f"with check({json.dumps(title)}):"]
+    head = [
+        f"from helpers.exercises import {names}",
+        "",
+        f"with check({json.dumps(title, ensure_ascii=False)}):",
+    ]
     return "\n".join(blank), "\n".join([*head, textwrap.indent("\n".join(kept), "    ")])
 
 
