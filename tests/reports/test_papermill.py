@@ -88,9 +88,7 @@ def test_runs_on_another_shape_of_llama(name, other_llama, tmp_path):
     source = tmp_path / "with_checks.ipynb"
     nbformat.write(with_checks(nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)), source)
     asked = {"prompt": prompt, "model_name": str(folder)}
-    if (
-        name == "11_ground_truth"
-    ):  # whose third exercise needs a pair, which no built-in one is here
+    if name == "11_ground_truth":  # its third exercise needs a pair; no built-in one is solved
         asked["counterfactual"] = prompt.replace("keys", "kegs")
     notebook = run(name, tmp_path, source, **asked)
     assert not stderr_of(notebook)
