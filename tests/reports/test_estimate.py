@@ -792,7 +792,7 @@ def test_the_command_refuses_a_run_without_room_before_anything_is_written(
     done = command(*given)
     assert done.exit_code == 2 and done.stderr.startswith("Error: About ")
     assert done.stderr.count("\n") == 1
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["plan.parquet"]  # the check's
+    assert not (tmp_path / "out").exists()
     dry = command(*given, "--dry-run")
     assert dry.exit_code == 2 and "would run" in dry.stdout and dry.stderr == done.stderr
 
