@@ -25,6 +25,7 @@ from llama_reports.prompts import Entry, Row
 KEPT = "plan.parquet"
 ROWS = 1024  # that are held at a time
 ABOUT = b"llama_notebooks.plan"
+UNREADABLE = (OSError, pa.ArrowException, KeyError, TypeError, ValueError)  # what is no such file
 SIZES = ("tokens", "units", "outputs", "texts", "kind")
 SCHEMA = pa.schema(
     [("number", pa.int32()), ("line", pa.int32()), ("entry", pa.string()), ("carried", pa.string())]
@@ -82,7 +83,7 @@ class CheckedFile:
     def __init__(self, stream: IO[bytes], name: str) -> None:
         self._stream, self._name = stream, name
         self._file = pq.ParquetFile(stream)
-        about = json.loads(self._file.metadata.metadata[ABOUT])
+        about = _about(self._file.metadata)
         self.found_by = about["file"], about["found_by"]
         self.asked = [(notebook, frozenset(methods)) for notebook, methods in about["asked"]]
         self.carried: list[str] = about["carried"]
@@ -114,12 +115,20 @@ def kept_check(out: str | Path | None, path: Path, found_by: tuple[str, str]) ->
 
 def is_kept(out: str | Path, path: str | Path) -> bool:
     """Whether ``out`` keeps a check of this very file, by whatever code and for whatever model."""
-    kept = _opened(out, Path(path))
-    return kept is not None and Path(path).is_file() and kept.found_by[0] == file_digest(path)
+    try:
+        about = _about(pq.read_metadata(Path(out) / KEPT))
+        return Path(path).is_file() and about["file"] == file_digest(path)
+    except UNREADABLE:
+        return False
+
+
+def _about(metadata):
+    """What is known of all rows together."""
+    return json.loads(metadata.metadata[ABOUT])
 
 
 def _opened(out, path):
     try:
         return CheckedFile((Path(out) / KEPT).open("rb"), path.name) if out is not None else None
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+    except UNREADABLE:
         return None

@@ -306,7 +306,8 @@ def report_work(shape: Shape, size: Size, methods: Iterable[str] = ()) -> np.nda
     own = priced(shape, Price(forwards=2 + 2 * (STRONGEST + 1)), size)
     if size.tokens > LONG:
         own += priced(shape, Price(forwards=2 * (STRONGEST + 1)), size)
-        own += methods_work(shape, size, ["relevance"])
+        if "relevance" not in methods:  # else the words inside are coloured by its own pass
+            own += methods_work(shape, size, ["relevance"])
     own += priced(shape, erasure_price(size.units, size.tokens, len(methods)), size)
     return own + methods_work(shape, size, methods)
 
