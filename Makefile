@@ -27,7 +27,7 @@ help:
 	@echo "make student  the notebooks without solutions, with checks in their place; outputs/student"
 	@echo "make book     a site of notebooks, docs and functions in outputs/book/html; opens with no network"
 	@echo "make test-book   every page of it in a browser, narrow and wide, in the light and in the dark"
-	@echo "make figures  every notebook's figures as PNG and SVG in outputs/figures"
+	@echo "make figures  every notebook's figures as PNG and SVG, with a manifest, in outputs/figures"
 	@echo "make bench    speed and accuracy beside other libraries, over two hours; benchmarks/results.md"
 	@echo "make evidence which method to believe, over 154 prompts, 20 minutes; can be interrupted; of your"
 	@echo "              own model: make evidence MODEL=hub name, folder or .gguf; outputs/evidence"
@@ -100,13 +100,10 @@ book: $(WHOLE)
 test-book: book
 	BOOK=$(BOOK) $(BIN)/python -m pytest -q -n $(WORKERS) tests/book
 
+# As SVG and PNG, with the numbers that they plot, compared with docs/figures.json. ACCEPT=--accept
+# writes that file anew.
 figures: $(WHOLE) model
-	@for notebook in notebooks/*.ipynb; do \
-		name=$$(basename $$notebook .ipynb); mkdir -p outputs/figures/$$name; \
-		echo "$$name"; \
-		$(BIN)/papermill --no-progress-bar --log-level WARNING --cwd notebooks $$notebook - \
-			-r output_dir $(CURDIR)/outputs/figures/$$name > /dev/null || exit 1; \
-	done; echo "Figures are in outputs/figures"
+	$(BIN)/python -m llama_reports.figures $(ACCEPT)
 
 # inseq needs an environment of its own. torch goes first there too, and by itself.
 INSEQ := outputs/benchmarks/inseq

@@ -1,11 +1,13 @@
 """Figures: each function draws on the ``ax`` it is given and returns it.
 
-Signed scores use one diverging, colour-blind-safe map centred at 0, weights one sequential map.
+Importing this module gives matplotlib one style for all figures, ``data/house.mplstyle``. Signed
+scores use one diverging, colour-blind-safe map centred at 0, weights one sequential map.
 Sign never rests on colour alone: bars point left or right, and cells carry a number or hatching.
 Tokens are drawn as text, never as markup, and of a long one the beginning.
 """
 
 import io
+import json
 import unicodedata
 from collections.abc import Sequence
 from functools import cache
@@ -14,10 +16,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import seaborn as sns
 from IPython.display import Image, display
 from matplotlib import font_manager
+from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
+
+plt.style.use(Path(__file__).parent / "data" / "house.mplstyle")
 
 DIVERGING = "RdBu_r"  # red pushes the answer up, blue pushes it down
 SEQUENTIAL = "cividis"
@@ -101,6 +107,7 @@ def token_bars(
     shown = largest(scores, most)
     place = "  ({})" if len(shown) < len(scores) else ""
     names = [_drawn(labels[i]) + place.format(i) for i in shown]
+    _leave_room(ax.figure)
     bars = ax.barh(
         range(len(shown)),
         scores[shown],
@@ -114,7 +121,45 @@ def token_bars(
     ax.invert_yaxis()
     ax.axvline(0, color="0.3", linewidth=0.8)
     ax.margins(x=0.18)
-    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def heat_map(
+    ax: Any,
+    values: Any,
+    *,
+    signed: bool = True,
+    limit: float | None = None,
+    norm: Any = None,
+    texts: Any = None,
+    label: str = "",
+    colorbar: bool = True,
+    size: float = 8,
+) -> Any:
+    """An array [rows, columns] as coloured cells, row 0 on top: seaborn's heat map.
+
+    The centre of cell (i, j) is at x = j + 0.5, y = i + 0.5. What is not a number stays white.
+    ``limit`` is the value at full colour, by default the largest magnitude; ``norm`` a matplotlib
+    norm in its place. ``texts`` [rows, columns] are written into the cells, with ``size`` points.
+    ``label`` stands at the colour bar. The axes get no ticks: those are the caller's.
+    """
+    values = np.asarray(values, dtype=float)
+    top = _full_colour(values, limit)
+    span = {"norm": norm} if norm else {"vmin": -top if signed else 0, "vmax": top}
+    sns.heatmap(
+        np.where(np.isfinite(values), values, np.nan),
+        ax=ax,
+        cmap=DIVERGING if signed else SEQUENTIAL,
+        annot=False if texts is None else np.asarray(texts, dtype=object),
+        fmt="",
+        annot_kws={"size": size, **_literal()},
+        linewidths=0.5,
+        cbar=colorbar,
+        cbar_kws={"label": label, "pad": 0.02, "aspect": 15} if colorbar else None,
+        xticklabels=False,
+        yticklabels=False,
+        **span,
+    )
     return ax
 
 
@@ -128,30 +173,42 @@ def token_matrix(
     most: int = 24,
     value: str = "{:+.2f}",
     limit: float | None = None,
+    texts: Any = None,
+    label: str = "",
+    colorbar: bool = True,
 ) -> Any:
     """Rows of scores over the same tokens as a grid [len(names), seq] of coloured numbers.
 
     ``rows`` is an array [len(names), seq]. With more than ``most`` tokens, the columns are those
-    with the largest share of any row. ``limit`` is the value at full colour, by default the
-    largest magnitude in ``rows``.
+    with the largest share of any row. Each cell shows its number as ``value`` writes it, or what
+    ``texts`` [len(names)][seq] holds. The rest is as in ``heat_map``.
     """
     rows = np.asarray(rows, dtype=float)
     share = np.abs(rows) / np.maximum(np.abs(rows).max(axis=1, keepdims=True), 1e-12)
     shown = largest(share.max(axis=0), most)
     place = " ({})" if len(shown) < rows.shape[1] else ""
     columns = [_drawn(labels[i]) + place.format(i) for i in shown]
-    picture = _colours(rows, signed, limit)[0][:, shown]  # [len(names), columns, 4]
-    ax.imshow(picture, aspect="auto")
-    widest = max(len(value.format(score)) for score in rows[:, shown].flat)
+    texts = [[value.format(score) for score in row] for row in rows] if texts is None else texts
+    texts = np.asarray(texts, dtype=object)[:, shown]
+    _leave_room(ax.figure)
+    heat_map(
+        ax,
+        rows[:, shown],
+        signed=signed,
+        limit=_full_colour(rows, limit),
+        texts=texts,
+        label=label,
+        colorbar=colorbar,
+    )
+    widest = max(len(text) for text in texts.flat)
     room = 72 * ax.figure.get_figwidth() * ax.get_position().width / len(shown)  # points
-    turned = 90 if 5 * widest > room else 0  # a figure of 8 points is 5 wide
-    for (i, j), score in np.ndenumerate(rows[:, shown]):
-        style = {"ha": "center", "va": "center", "color": _ink(picture[i, j])}
-        ax.text(j, i, value.format(score), size=8, rotation=turned, **style)
-    ax.set_yticks(range(len(names)), [_cut(str(name), LINE) for name in names], **_literal())
-    ax.set_xticks(range(len(shown)), columns, rotation=45, ha="right", **_literal())
+    for text in ax.texts:
+        text.set_rotation(90 if 5 * widest > room else 0)  # a figure of 8 points is 5 wide
+    ax.set_yticks(
+        np.arange(len(names)) + 0.5, [_cut(str(name), LINE) for name in names], **_literal()
+    )
+    ax.set_xticks(np.arange(len(shown)) + 0.5, columns, rotation=45, ha="right", **_literal())
     ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
     return ax
 
 
@@ -203,40 +260,85 @@ def largest(scores: Any, most: int) -> np.ndarray:
 def show_figure(fig: Any, name: str, alt: str, folder: str | Path | None = None) -> None:
     """Show ``fig`` in the notebook with ``alt`` as its alternative text, and save it if wanted.
 
-    With a ``folder`` it is also written there as ``name.png`` and ``name.svg``.
+    With a ``folder`` it is also written there, as ``save_figure`` does.
     """
     # drawing is what takes time, so a saved picture is shown and not drawn again
     picture = save_figure(fig, name, folder)[0].read_bytes() if folder else _png(fig)
     plt.close(fig)
-    display(Image(picture, format="png", alt=alt))
+    display(Image(picture, format="png", alt=alt, metadata={"name": name}))
 
 
 def save_figure(fig: Any, name: str, folder: str | Path) -> tuple[Path, Path]:
     """Write ``fig`` as ``name.png`` and ``name.svg`` in ``folder``; returns the two paths.
 
-    The same figure gives the same bytes: no date is stored in it.
+    The same figure gives the same bytes: no date is stored in it. The numbers that it plots are
+    beside it, in ``name.json``.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     png, svg = folder / f"{name}.png", folder / f"{name}.svg"
     png.write_bytes(_png(fig))
     with plt.rc_context({"svg.hashsalt": name}):
-        fig.savefig(svg, bbox_inches="tight", metadata={"Date": None})
+        fig.savefig(svg, metadata={"Date": None})
+    (folder / f"{name}.json").write_text(json.dumps(plotted_data(fig)), encoding="utf-8")
     return png, svg
+
+
+def plotted_data(fig: Any) -> list[dict[str, list[float | None]]]:
+    """The numbers in a figure, to four digits: for each of its axes a list of each kind of mark.
+
+    ``lines`` and ``points`` hold x and y in turn, ``bars`` the corners and sizes of rectangles,
+    ``cells`` the values of heat maps. What is not a number is ``None``. Axes that hold nothing, and
+    colour bars, are left out.
+    """
+    found = []
+    for ax in fig.axes:
+        if ax.get_label() == "<colorbar>":
+            continue
+        bars = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
+        meshes = [some for some in ax.collections if isinstance(some, QuadMesh)]
+        others = [some for some in ax.collections if isinstance(some, PathCollection)]
+        marks = {
+            "lines": [line.get_xydata() for line in ax.lines],
+            "points": [np.ma.getdata(some.get_offsets()) for some in others],
+            "bars": [[[*bar.get_xy(), bar.get_width(), bar.get_height()] for bar in bars]],
+            "cells": [
+                *(np.ma.filled(np.ma.asarray(mesh.get_array(), float), np.nan) for mesh in meshes),
+                *(np.ma.filled(image.get_array(), np.nan) for image in ax.images),
+            ],
+        }
+        numbers = {kind: _rounded(parts) for kind, parts in marks.items()}
+        found.append({kind: values for kind, values in numbers.items() if values})
+    return [marks for marks in found if marks]
+
+
+def _rounded(parts):
+    values = [number for part in parts for number in np.asarray(part, dtype=float).ravel()]
+    return [float(f"{number:.4g}") if np.isfinite(number) else None for number in values]
 
 
 def _png(fig):
     picture = io.BytesIO()
-    fig.savefig(picture, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    fig.savefig(picture, format="png", metadata={"Software": None})
     return picture.getvalue()
 
 
 def _colours(scores, signed, limit=None):
     """The colours of an array of scores, [..., 4], and the score at full colour."""
-    finite = np.abs(scores[np.isfinite(scores)])
-    top = limit or max(finite.max(initial=0.0), 1e-12)
+    top = _full_colour(scores, limit)
     map_ = plt.get_cmap(DIVERGING if signed else SEQUENTIAL)
     return map_((scores / top + 1) / 2 if signed else scores / top), top
+
+
+def _leave_room(figure):
+    """Long labels make the picture of a single grid larger, and not the grid smaller."""
+    if len(figure.axes) == 1:
+        figure.set_layout_engine("none")
+
+
+def _full_colour(scores, limit):
+    """The score at full colour: ``limit``, or the largest magnitude."""
+    return limit or max(np.abs(scores[np.isfinite(scores)]).max(initial=0.0), 1e-12)
 
 
 def _ink(face):

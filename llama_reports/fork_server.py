@@ -57,12 +57,19 @@ def _get_ready(model, dtype):
     """
     import captum.attr  # noqa: F401
     import IPython.core.completer  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
     import matplotlib_inline.backend_inline  # noqa: F401
     import pandas  # noqa: F401
     from ipykernel import debugger, kernelapp  # noqa: F401
 
-    from helpers import attribution, faithfulness, ground_truth, patching, provenance, summary  # noqa: F401
+    from helpers import (  # noqa: F401  # noqa: F401
+        attribution,
+        faithfulness,
+        ground_truth,
+        patching,
+        plots,
+        provenance,
+        summary,
+    )
     from helpers.errors import InputError
     from helpers.models import hold_model
 

@@ -201,7 +201,9 @@ def _finish(work, out, job, model, error, attempts=ATTEMPTS, clock=None):
     """
     figures = work / "figures"
     figures.mkdir(exist_ok=True)
-    for file in [*work.glob("*.png"), *work.glob("*.svg")]:
+    pictures = [*work.glob("*.png"), *work.glob("*.svg")]
+    plotted = {picture.with_suffix(".json") for picture in pictures}  # as save_figure names it
+    for file in [*pictures, *filter(Path.exists, plotted)]:
         file.rename(figures / file.name)
     hidden = private(model, {work: ".", out: "…", job.notebook.parent: "…"})
     facts = {

@@ -13,7 +13,9 @@ from traitlets.config import Config
 
 from helpers.plots import (
     DIVERGING,
+    heat_map,
     largest,
+    plotted_data,
     readable,
     save_figure,
     show_figure,
@@ -164,13 +166,14 @@ def test_the_largest_are_of_either_sign_and_in_order_of_position():
 
 def colours(ax, draw):
     if draw is draw_matrix:
-        return [tuple(cell) for cell in ax.images[0].get_array()[0]]
+        return [tuple(cell) for cell in ax.collections[0].get_facecolors()[: len(LABELS)]]
     return [to_rgba(patch.get_facecolor()) for patch in ax.patches]
 
 
 @every_figure
 def test_signed_colours_are_centred_at_zero_and_symmetric(ax, draw):
     draw(ax, LABELS, SCORES)
+    ax.figure.canvas.draw()  # a heat map takes its colours then
     faces = colours(ax, draw)
     map_ = plt.get_cmap(DIVERGING)
     assert faces[2] == pytest.approx(map_(0.5))  # the neutral colour
@@ -228,7 +231,25 @@ def test_a_shown_figure_carries_its_alternative_text_and_is_closed(shell, tmp_pa
         show_figure(figure, "bars", "Latvia moved it most", tmp_path if save else None)
     (output,) = shown.outputs
     assert "image/png" in output.data
-    assert output.metadata["image/png"]["alt"] == "Latvia moved it most"
+    about = output.metadata["image/png"]
+    assert (about["alt"], about["name"]) == ("Latvia moved it most", "bars")
     assert not plt.fignum_exists(figure.number)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == ({"bars.png", "bars.svg"} if save else set())
+    assert names == ({"bars.png", "bars.svg", "bars.json"} if save else set())
+
+
+def test_what_a_figure_plots_is_kept_as_numbers(ax):
+    token_bars(ax, LABELS, SCORES)
+    ax.plot([1, 2], [3, np.nan])
+    ax.scatter([5], [6])
+    (marks,) = plotted_data(ax.figure)
+    assert marks["bars"][2::4] == SCORES  # of a bar: x, y, width, height
+    assert marks["lines"][-4:] == [1, 3, 2, None] and marks["points"] == [5, 6]
+
+
+def test_a_heat_map_is_its_values_and_its_colour_bar_is_no_part_of_it(ax):
+    heat_map(ax, [[1.23456, -2], [np.nan, 0]], label="nats", texts=[["a", "b"], ["c", "d"]])
+    assert plotted_data(ax.figure) == [{"cells": [1.235, -2, None, 0]}]
+    assert [text.get_text() for text in ax.texts] == ["a", "b", "d"]  # nothing where nothing is
+    assert ax.figure.axes[1].get_ylabel() == "nats"
+    assert ax.get_ylim() == (2, 0)  # row 0 on top

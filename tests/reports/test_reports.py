@@ -183,7 +183,7 @@ def test_a_run_leaves_whole_reports_and_a_failure_is_kept(reports):
         names = {path.name for path in (folder / slug).iterdir()}
         assert {"report.ipynb", "report.html", "scores.csv", "figures", "provenance.json"} <= names
         figures = {path.suffix for path in (folder / slug / "figures").iterdir()}
-        assert figures == {".png", ".svg"}
+        assert figures == {".png", ".svg", ".json"}
     failed = nbformat.read(folder / "fails" / "report.ipynb", as_version=4)
     assert any(o.output_type == "error" for c in failed.cells for o in c.get("outputs", []))
     assert "ZeroDivisionError" in (folder / "index.html").read_text(encoding="utf-8")
