@@ -116,7 +116,7 @@ def _copy_reports(app, error):
 
 
 def _read_notebook(app, docname, source):
-    """A cell tagged ``solution`` opens when it is asked for; pictures keep what describes them."""
+    """Solutions and folded code open when they are asked for; pictures keep what describes them."""
     if not docname.startswith("notebooks/"):
         return
     notebook, described = json.loads(source[0]), {}
@@ -127,6 +127,12 @@ def _read_notebook(app, docname, source):
             cell["metadata"]["mystnb"] = {
                 "code_prompt_show": "Show a solution",
                 "code_prompt_hide": "Hide the solution",
+            }
+        elif cell["metadata"].get("jupyter", {}).get("source_hidden"):
+            cell["metadata"]["tags"] = [*tags, "hide-input"]
+            cell["metadata"]["mystnb"] = {
+                "code_prompt_show": "Show the code of this figure",
+                "code_prompt_hide": "Hide the code of this figure",
             }
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):

@@ -2,8 +2,8 @@
 
 ``python -m llama_reports.figures [NOTEBOOK ...]`` runs the notebooks and writes their figures as
 SVG and PNG into ``outputs/figures``, and beside them ``manifest.json``: of each figure its
-notebook, cell and parameters, the numbers that it plots, their digest, and the versions of what made
-it. The manifest of the repository's figures is ``docs/figures.json``; ``--accept`` writes it anew.
+notebook, cell and parameters, the numbers that it plots, their digest, and the versions of what
+made it. That of the repository's figures is ``docs/figures.json``; ``--accept`` writes it anew.
 """
 
 import argparse
