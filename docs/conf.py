@@ -70,6 +70,7 @@ if (REPORTS / "index.html").is_file():
 FIELD = re.compile(r"(``\S.*?``(?:, ``.*?``)*) {2,}(\S.*)")
 BAR = re.compile(r"(``.*?``)|\|")
 PARAMETERS = re.compile(r"<dl>\n((?:<dd>.*</dd>\n)+)</dl>")
+BADGE = re.compile(r"^\[!\[.*badge\.svg.*\n", re.MULTILINE)  # a code host draws them
 NO_HEADING = re.compile(r"<th([^>]*)>(?:\s|<p>\s*</p>)*</th>")
 
 
@@ -118,6 +119,7 @@ def _copy_reports(app, error):
 def _read_notebook(app, docname, source):
     """Solutions and folded code open when they are asked for; pictures keep what describes them."""
     if not docname.startswith("notebooks/"):
+        source[0] = BADGE.sub("", source[0])
         return
     notebook, described = json.loads(source[0]), {}
     for cell in notebook["cells"]:

@@ -46,3 +46,21 @@ def test_the_container_sets_up_by_a_rule_of_the_makefile():
     container = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text(encoding="utf-8"))
     rule = container["postCreateCommand"].removeprefix("make ")
     assert re.search(rf"^{rule}:", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+
+
+def test_the_tests_run_on_every_system_and_version_that_is_promised():
+    jobs = read_yaml(".github/workflows/tests.yml")["jobs"]
+    rows = jobs["elsewhere"]["strategy"]["matrix"]["include"]
+    assert {row["os"].split("-")[0] for row in rows} == {"ubuntu", "macos", "windows"}
+    oldest = PROJECT["requires-python"].removeprefix(">=")
+    assert {oldest, "3.13"} <= {row["python"] for row in rows}
+    (bound,) = (need for need in PROJECT["dependencies"] if need.startswith("transformers"))
+    lowest = re.search(r">=([\d.]+)", bound)[1]
+    pins = [step.get("run", "") for step in jobs["elsewhere"]["steps"]]
+    assert any(f"transformers=={lowest}" in pin for pin in pins)
+
+
+def test_the_badges_are_of_workflows_that_there_are_and_of_this_project():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    badges = re.findall(r"actions/workflows/([\w.]+)/badge\.svg", readme)
+    assert badges and all((ROOT / ".github" / "workflows" / name).exists() for name in badges)
