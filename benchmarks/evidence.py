@@ -33,6 +33,7 @@ from captum.attr import IntegratedGradients
 from matplotlib.ticker import MultipleLocator, NullFormatter
 from tqdm import tqdm
 
+import helpers.plots  # noqa: F401, for the style of figures
 from helpers import METHODS, Attribution, InputError, ask, attribute, load_model
 from helpers.architectures import stack_of
 from helpers.attribution import (
@@ -737,9 +738,9 @@ def draw(found):
     """Methods by ground truth, by erasing and by cost, in one order, with intervals."""
     ranks = by_method(found, "reciprocal_rank")
     order = ranks.index[::-1]
-    fig, axes = plt.subplots(
-        1, 4, figsize=(15, 1.2 + 0.27 * len(order)), layout="constrained", sharey=True
-    )
+    size = (9, 2 + 0.45 * len(order))  # readable in a column of a page
+    fig, axes = plt.subplots(2, 2, figsize=size, sharey=True)
+    axes = axes.flat
     chance = found[found["measure"] == "chance_reciprocal_rank"]["value"].mean()
     dots(axes[0], ranks.loc[order], "o")
     axes[0].axvline(chance, color="0.3", linestyle=":")
@@ -754,9 +755,11 @@ def draw(found):
             dots(axes[1], some, marker, shift, label=f"erased: {erased}{star}")
     axes[1].axvline(0, color="0.3", linestyle=":")
     axes[1].set(xlabel="insertion minus deletion (nats)")
-    handles, told = axes[1].get_legend_handles_labels()
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.09), "frameon": False}
-    axes[1].legend(handles, told, ncols=3, fontsize=8, columnspacing=1, handletextpad=0.2, **below)
+    told = "dotted: chance; dashed: the best order; in italics: rivals and controls;\n"
+    told += "*: on the first prompts of each short family alone"
+    fig.legend(
+        *axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, title=told
+    )
     dots(axes[2], by_method(found, "share", replacement="mean").reindex(order), "o")
     axes[2].axvline(0, color="0.3", linestyle=":")
     axes[2].axvline(1, color="0.3", linestyle="--")
@@ -768,23 +771,18 @@ def draw(found):
     axes[3].xaxis.set_minor_formatter(NullFormatter())
     titles = ("Finds the word", "Erasing bears it out", "Share of the best order", "Cost")
     for ax, title in zip(axes, titles, strict=True):
-        ax.set_title(title, fontsize=10)
-        ax.spines[["top", "right"]].set_visible(False)
-    for label, name in zip(axes[0].get_yticklabels(), order, strict=True):
-        rival = name in RIVALS or name == "random"
-        label.set_fontstyle("italic" if rival else "normal")
-    fig.supxlabel(
-        "dotted: chance; dashed: the best order; in italics: rivals and controls; "
-        "*: on the first prompts of each short family alone",
-        fontsize=9,
-    )
+        ax.set_title(title)
+    for ax in (axes[0], axes[2]):
+        for label, name in zip(ax.get_yticklabels(), order, strict=True):
+            rival = name in RIVALS or name == "random"
+            label.set_fontstyle("italic" if rival else "normal")
     return fig
 
 
 def dots(ax, rows, marker, shift=0.0, label=None):
     spread = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
     places = [place + shift for place in range(len(rows))]
-    ax.errorbar(rows["mean"], places, xerr=spread, fmt=marker, ms=4, capsize=2, label=label)
+    ax.errorbar(rows["mean"], places, xerr=spread, fmt=marker, capsize=2, label=label)
 
 
 if __name__ == "__main__":
