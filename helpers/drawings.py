@@ -131,7 +131,7 @@ def relevance_flow(ax: Any) -> Any:
         for start, end, share in some:
             a, b = levels[depth][start][2], levels[depth + 1][end][2]
             _arrow(ax, (a, top), (b, bottom), FOR, width=0.6 + 1.6 * share)
-            middle = (0.45 * a + 0.55 * b, 0.45 * top + 0.55 * bottom)
+            middle = (0.65 * a + 0.35 * b, 0.65 * top + 0.35 * bottom)  # where none meet
             _text(ax, middle, f"{share:.1f}", size=8, box=True)
     return _plain(ax, (-0.9, 3.9), (-0.1, 3.3))
 
