@@ -65,9 +65,8 @@ def pace(path):
 
 
 def told(path):
-    """What the notebook's first cell says: minutes to read, seconds to run; ``None`` if nothing."""
-    first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]
-    found = TOLD.search("".join(first))
+    """What the notebook's opening says: minutes to read, seconds to run; ``None`` if nothing."""
+    found = TOLD.search(path.read_text(encoding="utf-8"))
     return found and (int(found[1]), int(found[2]))
 
 
