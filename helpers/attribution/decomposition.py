@@ -46,7 +46,7 @@ def alti_logit(asked: Asked) -> list[Attribution]:
 
     Source: Ferrando et al. 2023, arXiv:2305.12535, and 2022, arXiv:2203.04212.
 
-    notebooks/10_faithfulness.ipynb takes it apart.
+    notebooks/10_faithfulness.ipynb uses it.
     """
     asked.settle()
     questions, texts, length = asked.embeds.shape[:3]
