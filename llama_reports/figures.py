@@ -19,6 +19,7 @@ from typing import Any
 import papermill
 
 from helpers.errors import InputError
+from llama_reports.files import read_mapping, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCEPTED = ROOT / "docs" / "figures.json"
@@ -148,20 +149,18 @@ def main() -> None:
         chosen = _named(asked.notebooks)
     except InputError as error:
         sys.exit(str(error))
-    found = []
+    names = {notebook.stem for notebook in chosen}
+    accepted = list(read_mapping(ACCEPTED).get("figures", []))
+    others = [figure for figure in accepted if figure["notebook"] not in names]
+    found: list[dict[str, Any]] = []
     for notebook in chosen:
         made = make(notebook, asked.out / notebook.stem)
         print(f"{notebook.stem}: {len(made)} figures", flush=True)
-        found += made
-    (asked.out / "manifest.json").write_text(manifest_text(found), encoding="utf-8")
-    names = {notebook.stem for notebook in chosen}
-    accepted = (
-        json.loads(ACCEPTED.read_text(encoding="utf-8"))["figures"] if ACCEPTED.exists() else []
-    )
+        found += made  # and kept at once: the next notebook may fail
+        write_whole(asked.out / "manifest.json", manifest_text(found).encode())
     if asked.accept:
-        others = [figure for figure in accepted if figure["notebook"] not in names]
         kept = sorted([*others, *found], key=lambda figure: (figure["notebook"], figure["cell"]))
-        ACCEPTED.write_text(manifest_text(kept), encoding="utf-8")
+        write_whole(ACCEPTED, manifest_text(kept).encode())
     told = differences(found, [figure for figure in accepted if figure["notebook"] in names])
     print("\n".join(told) or "The same numbers as in docs/figures.json.")
     print(f"Figures and manifest.json are in {asked.out}")
