@@ -124,17 +124,13 @@ def _read_notebook(app, docname, source):
     notebook, described = json.loads(source[0]), {}
     for cell in notebook["cells"]:
         tags = cell["metadata"].get("tags", [])
-        if "solution" in tags:
-            tags.append("hide-cell")
+        solution = "solution" in tags
+        if solution or cell["metadata"].get("jupyter", {}).get("source_hidden"):
+            what = "a solution" if solution else "the code"
+            cell["metadata"]["tags"] = [*tags, "hide-cell" if solution else "hide-input"]
             cell["metadata"]["mystnb"] = {
-                "code_prompt_show": "Show a solution",
-                "code_prompt_hide": "Hide the solution",
-            }
-        elif cell["metadata"].get("jupyter", {}).get("source_hidden"):
-            cell["metadata"]["tags"] = [*tags, "hide-input"]
-            cell["metadata"]["mystnb"] = {
-                "code_prompt_show": "Show the code of this figure",
-                "code_prompt_hide": "Hide the code of this figure",
+                "code_prompt_show": f"Show {what}",
+                "code_prompt_hide": f"Hide {what.replace('a ', 'the ')}",
             }
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):

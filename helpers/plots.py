@@ -130,35 +130,31 @@ def heat_map(
     *,
     signed: bool = True,
     limit: float | None = None,
-    norm: Any = None,
     texts: Any = None,
     label: str = "",
-    colorbar: bool = True,
-    size: float = 8,
 ) -> Any:
     """An array [rows, columns] as coloured cells, row 0 on top: seaborn's heat map.
 
     The centre of cell (i, j) is at x = j + 0.5, y = i + 0.5. What is not a number stays white.
-    ``limit`` is the value at full colour, by default the largest magnitude; ``norm`` a matplotlib
-    norm in its place. ``texts`` [rows, columns] are written into the cells, with ``size`` points.
-    ``label`` stands at the colour bar. The axes get no ticks: those are the caller's.
+    ``limit`` is the value at full colour, by default the largest magnitude. ``texts`` [rows,
+    columns] are written into the cells. ``label`` stands at the colour bar. The axes get no ticks:
+    those are the caller's.
     """
     values = np.asarray(values, dtype=float)
     top = _full_colour(values, limit)
-    span = {"norm": norm} if norm else {"vmin": -top if signed else 0, "vmax": top}
     sns.heatmap(
         np.where(np.isfinite(values), values, np.nan),
         ax=ax,
         cmap=DIVERGING if signed else SEQUENTIAL,
         annot=False if texts is None else np.asarray(texts, dtype=object),
         fmt="",
-        annot_kws={"size": size, **_literal()},
+        vmin=-top if signed else 0,
+        vmax=top,
+        annot_kws={"size": 8, **_literal()},
         linewidths=0.5,
-        cbar=colorbar,
-        cbar_kws={"label": label, "pad": 0.02, "aspect": 15} if colorbar else None,
+        cbar_kws={"label": label, "pad": 0.02, "aspect": 15},
         xticklabels=False,
         yticklabels=False,
-        **span,
     )
     return ax
 
@@ -175,7 +171,6 @@ def token_matrix(
     limit: float | None = None,
     texts: Any = None,
     label: str = "",
-    colorbar: bool = True,
 ) -> Any:
     """Rows of scores over the same tokens as a grid [len(names), seq] of coloured numbers.
 
@@ -191,15 +186,8 @@ def token_matrix(
     texts = [[value.format(score) for score in row] for row in rows] if texts is None else texts
     texts = np.asarray(texts, dtype=object)[:, shown]
     _leave_room(ax.figure)
-    heat_map(
-        ax,
-        rows[:, shown],
-        signed=signed,
-        limit=_full_colour(rows, limit),
-        texts=texts,
-        label=label,
-        colorbar=colorbar,
-    )
+    top = _full_colour(rows, limit)  # of all rows, also where columns are left out
+    heat_map(ax, rows[:, shown], signed=signed, limit=top, texts=texts, label=label)
     widest = max(len(text) for text in texts.flat)
     room = 72 * ax.figure.get_figwidth() * ax.get_position().width / len(shown)  # points
     for text in ax.texts:

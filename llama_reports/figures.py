@@ -19,6 +19,7 @@ from typing import Any
 import papermill
 
 from helpers.errors import InputError
+from helpers.provenance import PACKAGES
 from llama_reports.files import read_mapping, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,7 +127,7 @@ def make(notebook: Path, folder: Path) -> list[dict[str, Any]]:
 
 def versions() -> dict[str, str]:
     """What the figures were made with."""
-    names = ["torch", "transformers", "captum", "numpy", "matplotlib", "seaborn"]
+    names = [*PACKAGES, "matplotlib", "seaborn"]
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 

@@ -1,4 +1,4 @@
-"""How long a notebook takes to read, as its first cell and the README say.
+"""How long a notebook takes to read, as its opening and the README say.
 
 ``python tests/notebooks/pacing.py`` measures the notebooks and writes the minutes into both.
 """
@@ -83,7 +83,7 @@ def table():
 
 
 def write():
-    """Writes the minutes into the first cell of each notebook, and both numbers into the README."""
+    """Writes the minutes into the opening of each notebook, and both numbers into the README."""
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     for path in NOTEBOOKS:
