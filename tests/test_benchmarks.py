@@ -348,7 +348,7 @@ def test_the_committed_table_of_precisions_is_of_this_model_and_in_the_results(b
         for name in ("bfloat16", "float16"):
             assert {"", *METHODS} == set(some[some["precision"] == name]["method"])
     own = table[(table["sha256"] == weights_digest()) & (table["prompt"] == 0)]
-    own = own[(own["precision"] == "bfloat16") & (own["measure"] == "divergence")]
+    own = own[(own["precision"] == "bfloat16") & (own["measure"] == "logit")]
     model, tokenizer = bundled
     question = next(
         q for q in questions(model, tokenizer, "reporting") if len(q.labels) in precision.TOKENS
@@ -358,9 +358,8 @@ def test_the_committed_table_of_precisions_is_of_this_model_and_in_the_results(b
     )
     exact = precision.next_logits(model, question)
     found = {what: value for _, what, value in precision.compared((exact, {}), (half, {}))}
-    assert (
-        0.2 < found["divergence"] / own["value"].astype(float).item() < 5
-    )  # digits of half precision
+    # processors round in other places; float16 is 5 times as close, 8 bits are 7 times as far
+    assert 1 / 3 < found["logit"] / own["value"].astype(float).item() < 3
 
 
 # --- the old code and the new ------------------------------------------------------------------
