@@ -37,7 +37,7 @@ from helpers.questions import Question
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
 from machine import gradient_flops, matrix_rate, measured
-from peers.guide import compute_integrated_gradients, gradient_based_attribution
+from peers.usual import compute_integrated_gradients, gradient_based_attribution
 from prompt_sets import question_of, questions
 from report import keep, table
 
@@ -49,7 +49,7 @@ LENGTHS = {6: (50, 3), 35: (50, 3), 151: (50, 2), 512: (10, 2), 2048: (4, 1)}
 # --- the peers: each a function of a loaded model that gives scores [seq] -----------------------
 
 
-def guide(model, tokenizer, question, steps):
+def usual(model, tokenizer, question, steps):
     ids = question.input_ids
     scores, _ = compute_integrated_gradients(model, tokenizer, ids, "pad", steps)
     return scores.sum(dim=-1)[0]
@@ -90,7 +90,7 @@ def ours_bfloat16(model, tokenizer, question, steps):
     return ours(model, tokenizer, question, steps, "bfloat16")
 
 
-def guide_gradient(model, tokenizer, question, steps):
+def usual_gradient(model, tokenizer, question, steps):
     return gradient_based_attribution(model, question.input_ids)[0]
 
 
@@ -99,13 +99,13 @@ def ours_gradient(model, tokenizer, question, steps):
 
 
 PATHS = {
-    "the guide's code": guide,
+    "the usual code": usual,
     "Captum LayerIntegratedGradients": captum_layer,
     "Captum LLMGradientAttribution": captum_llm,
     "ours": ours,
     "ours, bfloat16": ours_bfloat16,
 }
-GRADIENTS = {"the guide's gradient": guide_gradient, "our gradient": ours_gradient}
+GRADIENTS = {"the usual gradient": usual_gradient, "our gradient": ours_gradient}
 PEERS = PATHS | GRADIENTS
 
 
@@ -113,7 +113,7 @@ def work(peer, length, steps):
     """One measurement, as a process of its own: a JSON line."""
     model, tokenizer = load_model()
     question = question_of(model, tokenizer, length)
-    if peer.startswith(("the guide", "Captum")):
+    if peer.startswith(("the usual", "Captum")):
         model.requires_grad_(True)  # as from_pretrained leaves it; our loader freezes
     run = PEERS[peer]
     gradient = peer in GRADIENTS
@@ -177,11 +177,11 @@ def compare(lengths, peers, base, inseq, rounds_of=lambda rounds: rounds):
                     "tokens": length,
                     "steps": steps,
                     "by": peer,
-                    "times as fast as the guide": f"{median(ratios):.2f}",
+                    "times as fast as the usual code": f"{median(ratios):.2f}",
                     "seconds": f"{median(run['seconds'] for run in found):.2f}",
                     "of the matrix rate": "" if np.isnan(share) else f"{share:.0%}",
                     "memory above the model, MB": f"{max(r['bytes'] for r in found) / 1e6:,.0f}",
-                    "largest difference from the guide's scores": OTHER.get(
+                    "largest difference from the scores of the usual code": OTHER.get(
                         peer, f"{apart / reference.abs().max():.0e}"
                     ),
                 }
@@ -318,7 +318,7 @@ LLAMA_3_2_1B = {  # the published shape of Llama-3.2-1B, with random weights
 
 
 def on_accelerator(device, shape=LLAMA_3_2_1B, lengths=(35, 151, 512, 2048), steps=50):
-    """The guide's code and ours on a model of this shape in bfloat16, both on ``device``."""
+    """The usual code and ours on a model of this shape in bfloat16, both on ``device``."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**shape)).to(device, torch.bfloat16).eval()
     kind = str(device).partition(":")[0]
@@ -331,11 +331,11 @@ def on_accelerator(device, shape=LLAMA_3_2_1B, lengths=(35, 151, 512, 2048), ste
         question = Question("random tokens", ids, labels, ["prompt"] * length, units, (1,))
         question = replace(question, probability=0.0, objective="logit")
         tokenizer = SimpleNamespace(pad_token_id=0)
-        taken = {"guide": [], "ours": []}
+        taken = {"usual": [], "ours": []}
         for round_of in range(4):  # the first warms up
             with measured(kind) as took:
                 compute_integrated_gradients(model, tokenizer, ids, "pad", steps)
-            taken["guide"] += [took] if round_of else []
+            taken["usual"] += [took] if round_of else []
             with measured(kind) as took:
                 ours(model, tokenizer, question, steps)
             taken["ours"] += [took] if round_of else []
@@ -344,9 +344,9 @@ def on_accelerator(device, shape=LLAMA_3_2_1B, lengths=(35, 151, 512, 2048), ste
         rows.append(
             {
                 "tokens": length,
-                "the guide's code, seconds": f"{seconds['guide']:.3f}",
+                "the usual code, seconds": f"{seconds['usual']:.3f}",
                 "ours, seconds": f"{seconds['ours']:.3f}",
-                "times as fast": f"{seconds['guide'] / seconds['ours']:.1f}",
+                "times as fast": f"{seconds['usual'] / seconds['ours']:.1f}",
                 "of the matrix rate": f"{steps * flops / seconds['ours'] / rate:.0%}",
                 "memory above the model, MB": f"{max(t.bytes for t in taken['ours']) / 1e6:,.0f}",
             }
@@ -357,7 +357,7 @@ def on_accelerator(device, shape=LLAMA_3_2_1B, lengths=(35, 151, 512, 2048), ste
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", help="only these, such as 6,35; nothing is written")
-    parser.add_argument("--peers", help="only these, by name, after the guide's: for a look")
+    parser.add_argument("--peers", help="only these, by name, after the usual code: for a look")
     parser.add_argument("--rounds", type=int, help="of each comparison, instead of the table's own")
     parser.add_argument("--inseq", help="the python of an environment with inseq")
     for name, kind in (("--peer", str), ("--length", int), ("--steps", int)):
@@ -373,8 +373,8 @@ def main():
     if given.peers:
         paths = [paths[0], *given.peers.split(";")]
     rounds = (lambda usual: given.rounds) if given.rounds else (lambda usual: usual)
-    rows = compare(lengths, paths, "the guide's code", given.inseq, rounds)
-    slopes = compare(lengths, list(GRADIENTS), "the guide's gradient", None, rounds)
+    rows = compare(lengths, paths, "the usual code", given.inseq, rounds)
+    slopes = compare(lengths, list(GRADIENTS), "the usual gradient", None, rounds)
     print(table(rows), table(slopes), sep="\n\n")
     if given.lengths or given.peers:
         return
@@ -383,7 +383,7 @@ def main():
         "### Integrated gradients, the same steps and the same baseline (the end-of-text token)",
         table(rows),
         "LLMGradientAttribution explains a log-probability and inseq starts from the unknown "
-        "token, so their scores are other numbers. The guide's code runs rows one by one and the "
+        "token, so their scores are other numbers. The usual code runs rows one by one and the "
         "others in batches; where they differ by more than 1e-4, so does Captum from Captum: the "
         "path has cliffs, which multiply float32's rounding, and bfloat16's far more."
         + ("" if given.inseq else " inseq was not run: no environment was given (--inseq)."),

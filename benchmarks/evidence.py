@@ -85,9 +85,9 @@ UNITS = dict.fromkeys(("long_fact", "chat"), "sentences")  # else tokens, or pas
 # On the first prompts of each short family: the costliest methods, patching, and all replacements.
 SUBSET = 2
 REPEATED = 1  # of these prompts are asked again and again, to see what scores depend on
-GUIDE, CAPTUM = "guide's IG norm", "Captum's IG"
+USUAL, CAPTUM = "usual IG norm", "Captum's IG"
 IG = "integrated_gradients"
-COSTLY = (IG, GUIDE, CAPTUM)
+COSTLY = (IG, USUAL, CAPTUM)
 GRADIENTS = 513  # that integrated gradients may spend; a few prompts ask for more
 SHAPLEY, FEWER_SHAPLEY = 96, 24  # rows on prompts of short families, and of longer ones
 BANZHAF, FEWER_BANZHAF = 40, 16
@@ -101,8 +101,8 @@ REPLACEMENTS = ("mean", "eos", "neighbour")  # of erased units
 # --- who is compared ---------------------------------------------------------------------------
 
 
-def guides_norm(model, question, n_steps=50):
-    """The guide's integrated gradients: from end-of-text, the norm over the hidden dimension."""
+def usual_norm(model, question, n_steps=50):
+    """The usual integrated gradients: from end-of-text, the norm over the hidden dimension."""
     embeds, start = embed_prompt(model, question), baseline_embeds(model, question, "eos")
     per_feature = IntegratedGradients(lambda rows: objective(model, rows, question)).attribute(
         embeds,
@@ -133,7 +133,7 @@ def last_token(model, question):
 
 
 RIVALS = {
-    GUIDE: guides_norm,
+    USUAL: usual_norm,
     CAPTUM: captums_default,
     "first token": first_token,
     "last token": last_token,
@@ -163,7 +163,7 @@ def refusals(model: Any) -> dict[str, str]:
     """``{name: sentence}`` of the methods and variants that do not fit this model."""
     said = {name: METHODS[method].refusal(model) for name, (method, _) in runs(1).items()}
     if gradients := METHODS[IG].refusal(model):
-        said |= dict.fromkeys((GUIDE, CAPTUM), gradients)
+        said |= dict.fromkeys((USUAL, CAPTUM), gradients)
     return {name: sentence for name, sentence in said.items() if sentence}
 
 
@@ -608,7 +608,7 @@ def about_prompts(found):
         f"values are of all subsets on short sentences of at most {EXACT} tokens, on others of "
         f"about {SHAPLEY} rows, and on longer texts of {FEWER_SHAPLEY}, or four orders; those of "
         f"`coalitions`, Banzhaf values, of {BANZHAF} and {FEWER_BANZHAF} rows. Integrated "
-        f"gradients (to 2 % or {GRADIENTS} gradients), the guide's and Captum's ran on {costly} "
+        f"gradients (to 2 % or {GRADIENTS} gradients), the usual ones and Captum's ran on {costly} "
         "prompts of the short families, the first of each, so their means are not to be compared "
         "with those of others: a lead is over the prompts that both methods ran on."
     )

@@ -39,7 +39,7 @@ import precision  # noqa: E402
 import report  # noqa: E402
 import trust  # noqa: E402
 import yardsticks  # noqa: E402
-from peers import guide  # noqa: E402
+from peers import usual  # noqa: E402
 from prompt_sets import questions  # noqa: E402
 
 
@@ -49,10 +49,10 @@ def test_a_question_has_exactly_the_length_asked_for(bundled, length):
 
 
 @pytest.mark.parametrize("peer", ["Captum LayerIntegratedGradients", "ours"])
-def test_the_peers_compute_what_the_guides_code_computes(bundled, peer):
+def test_the_peers_compute_what_the_usual_code_computes(bundled, peer):
     model, tokenizer = bundled
     question = benchmark.question_of(model, tokenizer, 6)
-    expected = benchmark.guide(model, tokenizer, question, 3).double()
+    expected = benchmark.usual(model, tokenizer, question, 3).double()
     found = torch.as_tensor(benchmark.PEERS[peer](model, tokenizer, question, 3)).double()
     assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
 
@@ -60,7 +60,7 @@ def test_the_peers_compute_what_the_guides_code_computes(bundled, peer):
 def test_both_gradients_are_the_same(bundled):
     model, tokenizer = bundled
     question = benchmark.question_of(model, tokenizer, 6)
-    expected = benchmark.guide_gradient(model, tokenizer, question, 1)
+    expected = benchmark.usual_gradient(model, tokenizer, question, 1)
     torch.testing.assert_close(
         benchmark.ours_gradient(model, tokenizer, question, 1), expected, rtol=1e-3, atol=1e-3
     )
@@ -117,13 +117,13 @@ def test_a_table_replaces_the_one_it_kept_before_and_leaves_the_others(tmp_path,
 # --- the evidence ------------------------------------------------------------------------------
 
 
-def test_the_guides_norm_is_the_guides(bundled):
+def test_the_usual_norm_is_that_of_the_usual_code(bundled):
     model, tokenizer = bundled
     question = ask(model, tokenizer, "The keys to the cabinet", objective="logit")
-    expected, target = guide.compute_integrated_gradients(
+    expected, target = usual.compute_integrated_gradients(
         model, tokenizer, question.input_ids, "pad", 4
     )
-    found = evidence.guides_norm(model, question, n_steps=4).scores
+    found = evidence.usual_norm(model, question, n_steps=4).scores
     assert (target,) == question.target and tokenizer.pad_token_id == model.config.eos_token_id
     torch.testing.assert_close(found, expected.norm(dim=-1)[0].float(), rtol=1e-2, atol=1e-3)
 
@@ -309,7 +309,7 @@ def test_the_committed_table_is_what_this_code_measures(bundled):
 def test_the_committed_table_covers_every_family_and_method():
     table = evidence_table()
     assert set(table["split"]) == {"reporting"}
-    assert set(METHODS) | {evidence.GUIDE, evidence.CAPTUM} <= set(table["method"])
+    assert set(METHODS) | {evidence.USUAL, evidence.CAPTUM} <= set(table["method"])
     prompts = table.groupby("family", observed=True)["case"].nunique()
     assert set(FAMILIES + LONGER) == set(prompts.index) and prompts.sum() >= 150
 

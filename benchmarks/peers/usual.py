@@ -1,4 +1,4 @@
-"""The guide's attribution code, made to run and otherwise as written.
+"""The usual attribution code, made to run and otherwise as written.
 
 What had to change: the model, the tokenizer and the inputs are handed in instead of being globals,
 the gradient is taken of a leaf, and the integrated gradients are returned before their norm, so
