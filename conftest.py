@@ -1,3 +1,6 @@
 """What holds for the tests and for the notebooks, which nbval runs as tests."""
 
-pytest_plugins = ["tests.notebooks.compare_outputs"]
+pytest_plugins = [
+    "tests.notebooks.compare_outputs",
+    "tests.notebooks.unchanged",
+]

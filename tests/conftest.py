@@ -8,8 +8,10 @@ import nbformat
 import pytest
 import yaml
 from running import write_notebook
+from typer.testing import CliRunner
 
 from helpers import load_model, tiny_llama
+from llama_reports.command import app
 from llama_reports.jobs import find_notebook
 
 
@@ -47,6 +49,24 @@ def long_word():
 def hostile():
     """A prompt that breaks whatever mistakes text for code, markup, paths or formulas."""
     return "<script>document.title='taken'</script> \"'{x} NA $a$ \\n\n你好 مرحبا 🙂 ../../etc"
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """A function: the command line in this process, where torch is imported; gives typer's result.
+
+    What ends the process, and what a signal does, needs a process of its own.
+    """
+    monkeypatch.setattr("signal.signal", lambda *given: None)  # which belongs to pytest here
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which a run sets, and leaves
+
+    def command(*given):
+        plain = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+        done = CliRunner().invoke(app, [*map(str, given)], env=plain)
+        assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+        return done
+
+    return command
 
 
 QUICK = """

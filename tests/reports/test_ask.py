@@ -1,9 +1,6 @@
 """One question on the command line: what is printed, what is written, and that no text acts."""
 
 import io
-import os
-import subprocess
-import sys
 
 import pytest
 from rich.console import Console
@@ -13,17 +10,11 @@ from helpers.summary import explain
 from llama_reports.terminal import print_summary
 
 
-def command(*arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "llama_reports", "ask", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, env=environment)
-
-
-def test_a_question_is_answered_in_plain_text_and_on_a_page(tmp_path):
+def test_a_question_is_answered_in_plain_text_and_on_a_page(command, tmp_path):
     page = tmp_path / "one.html"
     question = ["The capital city of Latvia is", "--target", " Riga", "--foil", " Tallinn"]
-    done = command(*question, "--html", page)
-    assert done.returncode == 0, done.stderr
+    done = command("ask", *question, "--html", page)
+    assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "Why “Riga” rather than “Tallinn”?" and "\x1b" not in done.stdout
     assert any(" Latvia[1]" in line for line in lines)
@@ -35,11 +26,11 @@ def test_a_question_is_answered_in_plain_text_and_on_a_page(tmp_path):
     assert "Content-Security-Policy" in text and "<script" not in text
 
 
-def test_options_are_compared_in_a_table(tmp_path):
+def test_options_are_compared_in_a_table(command):
     cities = [" Tallinn", " Riga", " Vilnius"]
     given = [word for city in cities for word in ("--option", city)]
-    done = command("The capital city of Latvia is", *given, "--method", "occlusion")
-    assert done.returncode == 0, done.stderr
+    done = command("ask", "The capital city of Latvia is", *given, "--method", "occlusion")
+    assert done.exit_code == 0, done.stderr
     lines = [line.split("  ") for line in done.stdout.splitlines()]
     assert lines[0] == ["Why “Riga” rather than “Tallinn”, the next of 3 options?"]
     (head,) = [at for at, line in enumerate(lines) if line[0] == "option"]
@@ -64,9 +55,9 @@ def test_options_are_compared_in_a_table(tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_asked_is_one_sentence(arguments, complaint):
-    done = command(*arguments)
-    assert done.returncode == 2 and complaint in done.stderr and not done.stdout
+def test_what_cannot_be_asked_is_one_sentence(command, arguments, complaint):
+    done = command("ask", *arguments)
+    assert done.exit_code == 2 and complaint in done.stderr and not done.stdout
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 

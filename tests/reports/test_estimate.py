@@ -16,7 +16,6 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
-from typer.testing import CliRunner
 from watching import rows_run, tensor_sizes
 
 from helpers import InputError, ask, attribute, load_model
@@ -25,7 +24,6 @@ from helpers.attribution.engine import frozen
 from helpers.faithfulness import against_random
 from helpers.models import BUNDLED
 from helpers.summary import REPORTED, STRONGEST
-from llama_reports.command import app
 from llama_reports.costs import (
     MARGIN,
     PARTS,
@@ -717,19 +715,6 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(tiny, tiny_fol
 
 
 # --- the command -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def command(monkeypatch):
-    """A function: the command line, in this process."""
-    monkeypatch.setattr("signal.signal", lambda *given: None)  # which belongs to pytest here
-
-    def command(*given):
-        done = CliRunner().invoke(app, [*map(str, given)], env={"COLUMNS": "200", "TERM": "dumb"})
-        assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
-        return done
-
-    return command
 
 
 def test_the_command_plans_the_bundled_model(command):

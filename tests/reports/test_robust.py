@@ -1,9 +1,7 @@
 """What goes wrong in one report, or before it, is told there: the other reports are made."""
 
 import json
-import os
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,19 +24,6 @@ def prompts_file(folder, *entries):
     path = folder / "prompts.yml"
     path.write_text(yaml.safe_dump(list(entries)), encoding="utf-8")
     return path
-
-
-def command(*arguments, before="", **environment):
-    """The command line, after some lines of Python; gives the finished process."""
-    code = f"import os, sys\n{before}\n"
-    code += "from llama_reports.command import main\nmain()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"} | environment,
-        timeout=PATIENCE,
-    )
 
 
 def jobs_of(folder, notebook, model, *entries):
@@ -231,7 +216,7 @@ def test_whatever_a_notebook_makes_of_its_folder_the_others_are_made(
 # --- another model -----------------------------------------------------------------------------
 
 
-def test_reports_of_another_model_are_not_replaced_unasked(tmp_path, quick_notebook):
+def test_reports_of_another_model_are_not_replaced_unasked(command, tmp_path, quick_notebook):
     folders = []
     for seed, place in enumerate(("one", "two")):
         folder = tmp_path / place / "llama"  # one name, two models
@@ -249,10 +234,10 @@ def test_reports_of_another_model_are_not_replaced_unasked(tmp_path, quick_noteb
         plan(path, model=folders[1], **options)
     given = [path, "--out", out, "--model", folders[1], "--notebook", notebook]
     done = command(*given)
-    assert done.returncode == 2 and "--replace" in done.stderr
+    assert done.exit_code == 2 and "--replace" in done.stderr
     assert (out / job.slug / "report.json").stat().st_mtime_ns == before
     done = command(*given, "--replace")
-    assert done.returncode == 0 and "1 of 1 reports done" in done.stdout
+    assert done.exit_code == 0 and "1 of 1 reports done" in done.stdout
     assert facts_of(out, job.slug)["model_digest"] != job.model_digest
 
 
@@ -260,7 +245,7 @@ def test_reports_of_another_model_are_not_replaced_unasked(tmp_path, quick_noteb
 
 
 def test_only_what_was_chosen_is_run_and_each_report_has_a_line_in_the_log(
-    tmp_path, quick_notebook, tiny_folder
+    command, tmp_path, quick_notebook, tiny_folder
 ):
     gate = tmp_path / "gate"
     fails = f"if 'keys' in prompt and not Path({str(gate)!r}).exists():\n"
@@ -269,15 +254,15 @@ def test_only_what_was_chosen_is_run_and_each_report_has_a_line_in_the_log(
     path, out = prompts_file(tmp_path, *TWO, third), tmp_path / "out"
     given = [path, "--out", out, "--model", tiny_folder, "--notebook", notebook]
     done = command(*given, "--only", "nobody")
-    assert done.returncode == 2 and "no entry 'nobody' for --only" in done.stderr
+    assert done.exit_code == 2 and "no entry 'nobody' for --only" in done.stderr
     assert not out.exists()
     done = command(*given, "--only", "bad", "--only", "good")
-    assert done.returncode == 1 and "1 of 2 reports done, 1 failed." in done.stdout
+    assert done.exit_code == 1 and "1 of 2 reports done, 1 failed." in done.stdout
     assert "taken" in done.stderr and not set("\x1b\x07\x9b") & set(done.stderr + done.stdout)
     assert not (out / "third").exists()
     gate.touch()
     done = command(*given, "--retry-failed")
-    assert done.returncode == 0 and "1 of 1 reports done, 0 failed, 1 finished" in done.stdout
+    assert done.exit_code == 0 and "1 of 1 reports done, 0 failed, 1 finished" in done.stdout
     assert not (out / "third").exists()
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [(line["slug"], line["failed"]) for line in lines] == [
@@ -290,9 +275,11 @@ def test_only_what_was_chosen_is_run_and_each_report_has_a_line_in_the_log(
         assert all(line["memory"] > 50e6 for line in lines)  # torch alone takes more
 
 
-def test_as_many_workers_as_fit_where_the_system_tells_no_affinity(tmp_path, tiny_folder):
+def test_as_many_workers_as_fit_where_the_system_tells_no_affinity(
+    command, tmp_path, tiny_folder, monkeypatch
+):
     path = prompts_file(tmp_path, "The keys to")
-    gone = "del os.sched_getaffinity" if hasattr(os, "sched_getaffinity") else ""
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
     given = [path, "--out", tmp_path / "out", "--model", tiny_folder, "--workers", "0"]
-    done = command(*given, "--dry-run", before=gone)
-    assert done.returncode == 0, done.stderr
+    done = command(*given, "--dry-run")
+    assert done.exit_code == 0, done.stderr

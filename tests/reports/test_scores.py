@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from helpers import METHODS, InputError, ask, attribute, tiny_llama
 from helpers.attribution import BUDGET
@@ -25,7 +24,6 @@ from helpers.ground_truth import FAMILIES, cases
 from helpers.models import BUNDLED
 from helpers.summary import REPORTED
 from llama_reports import scores as module
-from llama_reports.command import app
 from llama_reports.jobs import Job, plan
 from llama_reports.scores import (
     DEFAULT_METHODS,
@@ -456,12 +454,12 @@ def test_values_that_are_no_text_are_carried_as_json(tiny_folder, tmp_path):
     }
 
 
-def test_a_run_that_carries_other_columns_is_refused(tiny_folder, tmp_path):
+def test_a_run_that_carries_other_columns_is_refused(command, tiny_folder, tmp_path):
     options = ["--scores-only", "--out", tmp_path / "out", "--model", tiny_folder]
     for content, status in [("prompt,label\nHi,x\n", 0), ("prompt,split\nHo,y\n", 2)]:
         (tmp_path / "p.csv").write_text(content, encoding="utf-8")
         given = [tmp_path / "p.csv", *options, "--method", "random"]
-        done = CliRunner().invoke(app, [*map(str, given)])
+        done = command(*given)
         assert done.exit_code == status, done.output
     assert "'label' is there and is not carried: choose another folder." in done.output
     assert len(list(tmp_path.glob("out/prompts/*.parquet"))) == 1
@@ -537,7 +535,7 @@ def test_killed_at_any_moment_the_next_run_ends_as_an_uninterrupted_one(tiny_fol
     command = [sys.executable, "-c", RUN, tiny_folder, tmp_path / "whole", *outs]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.exit_code == 0, done.stderr[-2000:]
     finished = [int(line.split()[1]) for line in done.stdout.splitlines()]
     assert finished[:6] == [0] * 5 + [8], "nothing counts before the last file, all does after it"
     for out in outs:
@@ -668,26 +666,20 @@ def test_the_benchmark_takes_its_short_prompts_from_the_reporting_half(bundled):
 # --- the command -------------------------------------------------------------------------------
 
 
-def command(*given):
-    return subprocess.run(
-        [sys.executable, "-m", "llama_reports", *map(str, given), "--scores-only"],
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_the_command_adds_to_what_is_there_and_two_workers_write_the_same(tmp_path, tiny_folder):
+def test_the_command_adds_to_what_is_there_and_two_workers_write_the_same(
+    command, tmp_path, tiny_folder
+):
     prompts = tmp_path / "prompts.jsonl"
     lines = [json.dumps(f"Prompt number {number}") for number in range(600)]
     prompts.write_text("\n".join(lines[:300]), encoding="utf-8")
-    given = [prompts, "--model", tiny_folder]
+    given = [prompts, "--model", tiny_folder, "--scores-only"]
     one = command(*given, "--out", tmp_path / "one")
-    assert one.returncode == 0 and "300 of 300 prompts done, 0 failed." in one.stdout, one.stderr
+    assert one.exit_code == 0 and "300 of 300 prompts done, 0 failed." in one.stdout, one.stderr
     prompts.write_text("\n".join(lines), encoding="utf-8")
     more = command(*given, "--out", tmp_path / "one")
     assert "300 of 300 prompts done, 0 failed, 300 finished before." in more.stdout, more.stderr
     two = command(*given, "--out", tmp_path / "two", "--workers", 2)
-    assert two.returncode == 0 and "600 of 600 prompts done" in two.stdout, two.stderr
+    assert two.exit_code == 0 and "600 of 600 prompts done" in two.stdout, two.stderr
     found = [
         pd.read_parquet(tmp_path / out / "scores")
         .sort_values(["id", "method", "unit"], ignore_index=True)

@@ -1,8 +1,6 @@
 """Two folders of reports side by side: what is joined, what moved, what is refused."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 from report_folders import write_report
@@ -67,13 +65,12 @@ def test_the_page_has_both_sides_of_every_shared_id_the_most_different_first(run
     assert 'href="one/same/report.html"' in elsewhere.read_text(encoding="utf-8")
 
 
-def test_folders_without_reports_or_shared_ids_are_refused(tmp_path, runs):
+def test_folders_without_reports_or_shared_ids_are_refused(command, tmp_path, runs):
     report(tmp_path / "third", "b", [1, 2, 3])
     with pytest.raises(InputError, match="share no id"):
         compare_runs(runs[0], tmp_path / "third")
-    line = [sys.executable, "-m", "llama_reports", "compare", str(runs[0]), str(tmp_path / "no")]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 2 and "There are no reports in" in done.stderr
+    done = command("compare", runs[0], tmp_path / "no")
+    assert done.exit_code == 2 and "There are no reports in" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
