@@ -15,11 +15,13 @@ OUT ?= outputs/reports
 # Workers for the tests. Two torch processes with two threads each crawl, so each gets one thread.
 WORKERS ?= 2
 
-.PHONY: report test test-other-cpu models hostile lint lab student book test-book figures bench evidence model execute lock clean help
+.PHONY: report test test-all test-other-cpu coverage models hostile lint lab student book test-book figures bench evidence model execute lock clean help
 
 help:
 	@echo "make report   run the comparison over notebooks/prompts.yml; prints where the index is"
-	@echo "make test     every test, and nbval over every notebook"
+	@echo "make test     before a commit: all but the thorough tests, and the notebooks that have changed"
+	@echo "make test-all every test and every notebook"
+	@echo "make coverage which branches of helpers/ and llama_reports/ the tests reach"
 	@echo "make test-other-cpu   some of them, computed as an older processor would"
 	@echo "make models   which families and checkpoints take which method, tried and told in a table"
 	@echo "make hostile  20,000 damaged checkpoints: one sentence, or a model that works"
@@ -57,7 +59,14 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfil
 	--nbval --nbval-sanitize-with tests/notebooks/nbval_sanitize.cfg --nbval-kernel-startup-timeout 600
 
 test: $(WHOLE) model
+	$(PYTEST) -m "not thorough" --skip-unchanged
+
+test-all: $(WHOLE) model
 	$(PYTEST)
+
+# By the tests alone: a notebook that runs through a line has not tested it.
+coverage: $(WHOLE) model
+	$(PYTEST) --cov tests
 
 # The same sums in another order: torch, MKL and oneDNN without the wide registers of this machine.
 # A few minutes' worth of notebooks and of tests that compare numbers.
@@ -140,7 +149,8 @@ evidence: $(WHOLE) model
 # One thread, as in the tests: sums in another order differ in their last digits.
 execute: $(WHOLE) model
 	OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN \
-		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+		--ExecutePreprocessor.record_timing=False \
+		--CoalesceStreamsPreprocessor.enabled=True notebooks/*.ipynb
 
 # A lock is what pip resolves in an empty environment; environment.yml repeats it pin by pin.
 lock:

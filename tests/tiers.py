@@ -1,0 +1,80 @@
+"""Which tests are a first look, and in which order the others run.
+
+``toy`` marks what needs neither the bundled model, nor a network, nor a process of its own: pytest
+-m toy. ``thorough`` marks what ``make test-all`` alone runs. With several workers a file stays with
+one of them, since its tests share what they set up; what takes longest comes first, so that at the
+end none works alone.
+"""
+
+import pytest
+from xdist.scheduler import LoadFileScheduling
+
+# Each of these tests sets up its own, so that any worker can take the next one.
+APART = ("tests/reports/test_papermill.py",)
+LONGEST_FIRST = (
+    *APART,
+    "notebooks/",
+    "tests/reports/",
+    "tests/test_benchmarks.py",
+    "tests/notebooks/",
+)
+
+
+class LongestFirst(LoadFileScheduling):
+    def __init__(self, config, log=None):
+        super().__init__(config, log)
+        config.option.loadscopereorder = False  # by the number of tests, which is not their time
+
+    def _split_scope(self, nodeid):
+        return nodeid if nodeid.startswith(APART) else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return LongestFirst(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+def place(item):
+    starts = (number for number, start in enumerate(LONGEST_FIRST) if item.nodeid.startswith(start))
+    return next(starts, len(LONGEST_FIRST))
+
+
+# What makes these takes minutes: three downloads of a model, a hub, the book, a browser.
+COSTLY_FIXTURES = {"fetches", "hub_answers", "built", "browser"}
+TOY_FILES = (
+    "answers",
+    "attribution",
+    "decompositions",
+    "engine",
+    "faithfulness",
+    "find_then_rank",
+    "patching",
+    "path",
+    "prompts",
+    "relevance",
+)
+EVERY = 6  # case of a parametrised test is toy: a diagonal, on which every method and model stands
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses, and before an order by chance
+def pytest_collection_modifyitems(items):
+    items.sort(key=place)
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker(pytest.mark.random_order(disabled=True))  # its cells are in order
+        if COSTLY_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.thorough)
+        if is_toy(item):
+            item.add_marker(pytest.mark.toy)
+
+
+def is_toy(item):
+    """Mathematics on the toy model."""
+    parameters = item.callspec.indices if hasattr(item, "callspec") else {}
+    return (
+        item.nodeid.startswith("tests/helpers/")
+        and item.path.stem.removeprefix("test_") in TOY_FILES
+        and "bundled" not in item.fixturenames
+        and item.get_closest_marker("thorough") is None
+        and sum(parameters.values()) % EVERY == 0
+    )

@@ -343,6 +343,7 @@ def test_twelve_passages_cost_twelve_rows(tiny):
     assert result.forwards == rows == 12 + 1
 
 
+@pytest.mark.thorough
 def test_a_positive_score_says_that_the_answer_is_less_probable_without_the_token(bundled):
     """On forty prompts, each token: by asking the model again, without anything of ours."""
     model, tokenizer = bundled

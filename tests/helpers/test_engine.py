@@ -459,6 +459,7 @@ print(max(seen), min(seen), sum(seen), result.evaluations, bool(result.scores.is
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space, as Linux does")
 def test_a_machine_that_runs_out_of_memory_halves_and_finishes():
     """The real thing: a process that may allocate 700 MB more than the model takes."""
@@ -499,6 +500,7 @@ print((held("VmHWM") - before) / long.input_ids.shape[1] / gradient_bytes(model)
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_estimate_of_memory_is_near_what_a_gradient_takes():
     done = subprocess.run(

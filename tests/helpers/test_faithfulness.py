@@ -409,6 +409,7 @@ def test_a_few_pairs_name_no_winner():
         assert best.wins == wins and best.leads["low"].isna().all() == (not wins)
 
 
+@pytest.mark.thorough
 def test_equal_methods_win_as_seldom_as_the_interval_says():
     """Two hundred tables of four methods that are alike: at most a few have a winner."""
     draw, won = np.random.default_rng(0), 0

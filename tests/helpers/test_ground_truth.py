@@ -243,6 +243,7 @@ def some_solved(bundled):
     return cache(lambda family, split: list(islice(solved(*bundled, cases(family, split)), 24)))
 
 
+@pytest.mark.thorough
 @longer_list
 def test_the_bundled_model_solves_twelve_pairs_of_each_longer_list(family, split, some_solved):
     found = some_solved(family, split)
@@ -252,6 +253,7 @@ def test_the_bundled_model_solves_twelve_pairs_of_each_longer_list(family, split
         assert (question.target, question.foil) == (other.foil, other.target)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", LONGER)
 def test_a_longer_case_is_solved_as_it_would_be_asked(family, bundled, some_solved):
     model, tokenizer = bundled
@@ -267,6 +269,7 @@ def test_a_longer_case_is_solved_as_it_would_be_asked(family, bundled, some_solv
             assert found.probability == pytest.approx(alone.probability, rel=1e-3)
 
 
+@pytest.mark.thorough
 def test_whole_answers_are_compared_by_all_their_tokens(bundled):
     model, tokenizer = bundled
     some, by_hand = cases("answer", "reporting")[:12], []
@@ -292,6 +295,7 @@ def test_whole_answers_are_compared_by_all_their_tokens(bundled):
         assert {unit.part for unit in question.units} == {"prompt"}  # with a foil no answer's
 
 
+@pytest.mark.thorough
 def test_messages_differ_in_the_words_of_the_system_or_of_the_user(some_solved):
     for split in SPLITS:
         parts = {
@@ -302,6 +306,7 @@ def test_messages_differ_in_the_words_of_the_system_or_of_the_user(some_solved):
         assert parts == {"system", "user"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_evidence_of_passages_is_the_one_that_differs(split, some_solved):
     for case, question, other in some_solved("passages", split):
@@ -313,6 +318,7 @@ def test_the_evidence_of_passages_is_the_one_that_differs(split, some_solved):
         assert [unit.label.strip() for unit in question.units[: len(passages)]] == passages
 
 
+@pytest.mark.thorough
 def test_passages_can_be_asked_by_tokens_too(bundled, some_solved):
     some = [case for case, _, _ in some_solved("passages", "tuning")[:4]]
     found = list(solved(*bundled, some, units="tokens"))
@@ -325,6 +331,7 @@ def test_passages_can_be_asked_by_tokens_too(bundled, some_solved):
 # --- the filter --------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_solved_is_what_one_prompt_at_a_time_says(family, bundled):
     model, tokenizer = bundled

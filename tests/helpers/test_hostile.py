@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 SCRIPT = Path(__file__).resolve().parents[1] / "hostile.py"
 COUNT = os.environ.get("HOSTILE")  # 10,000 of each: make hostile
 

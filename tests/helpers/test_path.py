@@ -167,6 +167,7 @@ def test_the_evaluations_allowed_are_not_exceeded(tiny, most):
     assert result.closed is False
 
 
+@pytest.mark.thorough
 def test_a_smaller_tolerance_costs_more_and_gives_smaller_errors(bundled):
     question = ask(*bundled, "The dog is")
     loose, tight = (attribute(bundled[0], question, METHOD, tolerance=t) for t in (0.2, 0.01))

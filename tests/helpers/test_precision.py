@@ -154,6 +154,7 @@ def overflowing():
     return model, tokenizer
 
 
+@pytest.mark.thorough
 def test_scores_without_notebooks_have_an_error_row_and_the_command_ends_with_1(tmp_path):
     import pandas as pd
 
@@ -281,6 +282,7 @@ def test_a_machine_with_instructions_for_bfloat16_is_told_nothing():
     assert python(LOAD).stderr == ""
 
 
+@pytest.mark.thorough
 def test_the_command_says_it_before_the_work_starts_and_once(tiny_folder, tmp_path):
     (tmp_path / "prompts.yml").write_text("- ab\n", encoding="utf-8")
     command = [sys.executable, "-m", "llama_reports", tmp_path / "prompts.yml", "--dry-run"]

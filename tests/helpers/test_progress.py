@@ -73,6 +73,7 @@ def has_a_bar_on_a_terminal():
     return progress._watched()
 
 
+@pytest.mark.thorough
 def test_of_several_processes_at_one_terminal_none_has_a_bar():
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         assert not pool.submit(has_a_bar_on_a_terminal).result()
@@ -104,6 +105,7 @@ def test_erasing_and_many_questions_and_prompts_with_a_key_have_one(tiny, termin
     assert f" {rows}/{sum(len(question.units) + 1 for question in questions)} " in last
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("watched", [True, False])
 def test_in_a_notebook_only_who_could_be_asked_sees_a_bar(watched):
     """JupyterLab lets a kernel ask its user; papermill, nbval and nbconvert do not."""

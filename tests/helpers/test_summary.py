@@ -322,6 +322,7 @@ def test_a_model_that_some_trusted_methods_do_not_fit_is_explained_by_the_others
     assert "No second method" in " ".join(summary.trust)
 
 
+@pytest.mark.thorough
 def test_a_chat_template_is_never_among_the_strongest(bundled):
     summary, question, _, _ = summary_of(
         *bundled, [{"role": "user", "content": "Name a colour"}], target="Red", units="words"

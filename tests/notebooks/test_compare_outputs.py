@@ -1,5 +1,6 @@
 """Outputs of notebooks are compared as they should be: real runs of nbval on small notebooks."""
 
+import os
 import re
 import subprocess
 import sys
@@ -104,7 +105,9 @@ def said(tmp_path_factory):
     command = [sys.executable, "-m", "pytest", "--rootdir", ROOT, "-c", ROOT / "pyproject.toml"]
     command += ["-p", "tests.notebooks.compare_outputs", "-p", "no:cacheprovider"]
     command += ["--nbval", "-v", "--color=no", path]
-    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    plain = os.environ | {"PYTEST_ADDOPTS": ""}  # ours would change what is printed
+    command = [*map(str, command)]
+    done = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     return done.stdout
 

@@ -33,6 +33,7 @@ def test_the_manifest_has_every_figure_with_its_cell(path):
     assert all("prompt" in known["parameters"] for known in of(path.stem))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_draws_the_numbers_of_the_manifest(path, tmp_path):
     if path.stem not in QUICK and not os.environ.get("EVERY_FIGURE"):

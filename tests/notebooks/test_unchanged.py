@@ -1,5 +1,6 @@
 """Which notebooks need not run again: what each depends on, and that a skip is told."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -60,6 +61,7 @@ def test_what_a_notebook_depends_on_counts_and_nothing_else(checkout, changed, c
     assert (digest(checkout / "one.ipynb", checkout) != before) == counts
 
 
+@pytest.mark.thorough
 def test_what_passed_is_skipped_and_told_and_what_changed_or_failed_runs(checkout):
     """With workers, as the suite runs, and without."""
     command = [sys.executable, "-m", "pytest", "--nbval", "--skip-unchanged", "-rs"]
@@ -68,7 +70,8 @@ def test_what_passed_is_skipped_and_told_and_what_changed_or_failed_runs(checkou
 
     def told(workers):
         given = [*command, str(workers)]
-        done = subprocess.run(given, cwd=checkout, capture_output=True, text=True)
+        plain = os.environ | {"PYTEST_ADDOPTS": ""}
+        done = subprocess.run(given, cwd=checkout, env=plain, capture_output=True, text=True)
         return re.findall(r"\d+ (?:passed|failed|skipped)", done.stdout), done.stdout
 
     assert told(1)[0] == ["2 passed"]

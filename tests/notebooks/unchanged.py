@@ -1,9 +1,9 @@
 """A notebook that passed, and of which nothing has changed since, need not run again.
 
-``--skip-unchanged``, which ``make test`` gives and ``make test-all`` does not, skips its cells and says
-so. What passed is kept in pytest's cache, by a digest of all that the notebook depends on here: its
-cells and stored outputs, the modules that it imports and those that they import (by grimp, which
-reads imports without running them), their data, what compares its outputs, the lock and the Python.
+``--skip-unchanged``, which ``make test`` gives and ``make test-all`` does not, skips its cells and
+says so. What passed is kept in the cache of pytest, by a digest of all that a notebook depends on:
+its cells and stored outputs, the modules that it imports and what these import (by grimp, which
+reads imports and runs none), their data, what compares its outputs, the lock and the Python.
 """
 
 import hashlib

@@ -27,6 +27,8 @@ from llama_reports.cluster import run_on_cluster
 from llama_reports.jobs import plan
 from llama_reports.versions import model_digest
 
+pytestmark = pytest.mark.thorough
+
 KILL_THE_WORKER = """
 import psutil
 if prompt == "A poisoned prompt":

@@ -403,6 +403,7 @@ def test_a_trial_without_a_dry_run_is_refused(command, tmp_path):
     assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.thorough
 def test_what_was_tried_is_not_run_again(command, tmp_path, tiny_folder, quick_notebook):
     prompts = [json.dumps("ab" * n) for n in (3, 9, 5)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(prompts), encoding="utf-8")
@@ -632,6 +633,7 @@ def test_a_length_that_the_model_does_not_read_is_refused(tiny_folder):
         needs(tiny_folder, 5, ["magic"], machine=MACHINE)
 
 
+@pytest.mark.thorough
 def test_the_memory_of_the_bundled_model_is_within_a_quarter_of_what_a_process_takes():
     command = [sys.executable, PLANNER, "--model", BUNDLED, "--method", "relevance"]
     done = subprocess.run([*command, "--length", "512"], check=True, capture_output=True)

@@ -1,8 +1,9 @@
 """Every notebook runs under papermill with prompts and models it was not written for.
 
 What its cells assert must hold for any of them. They run in the warm engine, as reports do. All
-five prompts with the bundled model take half an hour, so each notebook gets one of them here and
-the others with ``EVERY_PROMPT=1``.
+five prompts with the bundled model take an hour, so each notebook gets one of them there, the
+costlier ones a short one, and the others with ``EVERY_PROMPT=1``; a long prompt and a strange one
+it gets with a small model of the same tokens.
 """
 
 import os
@@ -12,13 +13,13 @@ import pandas as pd
 import papermill
 import pytest
 from llama3_rope import LLAMA3_ROPE
+from transformers import LlamaForCausalLM
 from wrong_answers import told, with_checks
 
 from helpers import tiny_llama
 from llama_reports.jobs import NOTEBOOKS
 
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
-NAMES.append(NAMES.pop(NAMES.index("00_start")))  # the others keep the prompt that is theirs
 PROMPTS = {
     "question": "Who wrote the play Romeo and Juliet?",
     "code": 'def mean(xs):\n    """Return the $average$ of \'xs\'."""\n    return sum(xs) / len(',
@@ -27,6 +28,27 @@ PROMPTS = {
     "300 tokens": "The harbour froze over in January, and the ferries that tied the islands to the "
     "mainland stayed in port for six weeks. " * 12,
 }
+# with the bundled model
+GETS = {
+    "00_start": "question",
+    "01_loading": "code",
+    "02_tokenization": "scripts",
+    "03_generation": "300 tokens",
+    "04_embeddings": "300 tokens",
+    "05_gradients": "one token",
+    "06_attention": "question",
+    "07_integrated_gradients": "one token",
+    "08_comparison": "question",
+    "09_relevance": "code",
+    "10_faithfulness": "one token",
+    "11_ground_truth": "scripts",
+    "12_patching": "one token",
+    "13_answers": "question",
+    "14_precision": "one token",
+    "report": "scripts",
+}
+# with a small model
+STRANGE = {name: ("code", "scripts")[place % 2] for place, name in enumerate(NAMES)}
 SHAPES = {
     "one key-value head, tied": {"key_value_heads": 1, "tie_word_embeddings": True},
     "no sharing, Llama 3 positions": {
@@ -57,19 +79,45 @@ def stderr_of(notebook):
 
 
 def bundled_runs():
-    for place, name in enumerate(NAMES):
-        for turn, kind in enumerate(PROMPTS):
-            later = turn != place % len(PROMPTS) and not os.environ.get("EVERY_PROMPT")
+    for name in NAMES:
+        for kind in PROMPTS:
+            later = kind != GETS[name] and not os.environ.get("EVERY_PROMPT")
             skip = pytest.mark.skipif(later, reason="all five prompts run with EVERY_PROMPT=1")
-            yield pytest.param(name, PROMPTS[kind], marks=skip, id=f"{name}-{kind}")
+            yield pytest.param(name, kind, marks=skip)
 
 
-@pytest.mark.parametrize("name, prompt", list(bundled_runs()))
-def test_runs_on_an_unlike_prompt(name, prompt, tmp_path):
-    notebook = run(name, tmp_path, prompt=prompt)
+def runs_whole(name, folder, **parameters):
+    notebook = run(name, folder, **parameters)
     assert not stderr_of(notebook)
-    figures = list(tmp_path.glob("*.png"))
+    figures = list(folder.glob("*.png"))
     assert figures and all(figure.with_suffix(".svg").exists() for figure in figures)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name, kind", list(bundled_runs()))
+def test_runs_on_an_unlike_prompt(name, kind, tmp_path):
+    runs_whole(name, tmp_path, prompt=PROMPTS[kind])
+
+
+@pytest.fixture(scope="module")
+def small(bundled, tmp_path_factory):
+    """The folder of a toy model that reads the bundled model's tokens."""
+    folder, tokenizer = tmp_path_factory.mktemp("small") / "small-llama", bundled[1]
+    config = tiny_llama()[0].config
+    config.vocab_size = len(tokenizer)
+    for token in ("bos", "eos", "pad"):
+        setattr(config, f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
+    for part in (LlamaForCausalLM(config), tokenizer):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["300 tokens", STRANGE], ids=["long", "strange"])
+def test_runs_on_a_long_and_on_a_strange_prompt(name, kind, small, tmp_path):
+    kind = kind if isinstance(kind, str) else kind[name]
+    runs_whole(name, tmp_path, prompt=PROMPTS[kind], model_name=small)
 
 
 @pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES)
@@ -102,6 +150,7 @@ def test_runs_on_another_shape_of_llama(name, other_llama, tmp_path):
             assert "Wrong: " in changed, after
 
 
+@pytest.mark.thorough
 def test_an_attribution_that_did_not_close_says_so_where_it_is_shown(tmp_path):
     """This path needed hundreds of evaluations; here it may take the first look and no more."""
     parameters = {"prompt": "The dog barked at the", "methods": ["integrated_gradients"]}
@@ -116,6 +165,7 @@ def test_an_attribution_that_did_not_close_says_so_where_it_is_shown(tmp_path):
     assert "NO" in (tmp_path / "evidence.csv").read_text(encoding="utf-8").split(",")
 
 
+@pytest.mark.thorough
 def test_a_report_gives_integrated_gradients_their_part_of_the_time(tmp_path):
     """What this path closes with takes hundreds; beside two methods it may take the first look."""
     methods = ["integrated_gradients", "occlusion", "random"]

@@ -367,6 +367,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process, as Linux can")
 def test_aliases_of_aliases_do_not_fill_the_memory(tmp_path):
     files = [tmp_path / f"{name}.yml" for name in BOMBS]

@@ -17,6 +17,8 @@ from running import PATIENCE, scores, wait_for
 from helpers.errors import InputError
 from llama_reports.files import UNFINISHED, only_writer
 
+pytestmark = pytest.mark.thorough
+
 WORDS = ["keys", "doors", "boats", "lamps", "chairs", "roads", "books", "birds", "rivers"]
 WORDS += ["clouds", "apples", "stones"]
 # imports helpers once, and forks a process for every run

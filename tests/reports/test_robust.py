@@ -51,6 +51,7 @@ if 'keys' in prompt:
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("engine", ["warm", None])
 def test_a_cell_that_never_ends_is_stopped_and_the_next_report_is_made(
     tmp_path, quick_notebook, tiny_folder, engine
@@ -149,6 +150,7 @@ if not Path(MARK).exists():
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seconds, patience, attempts", [(7, 60, 1), (40, 2, 2)])
 def test_an_output_that_comes_late_is_waited_for_or_the_report_made_again(
     tmp_path, quick_notebook, tiny_folder, monkeypatch, seconds, patience, attempts
@@ -164,6 +166,7 @@ def test_an_output_that_comes_late_is_waited_for_or_the_report_made_again(
         assert [o["data"]["text/plain"] for o in cells[-1].outputs] == ["'late'"]
 
 
+@pytest.mark.thorough
 def test_outputs_that_never_come_are_told(tmp_path, quick_notebook, tiny_folder, monkeypatch):
     monkeypatch.setattr(run, "LATE", 2)
     cell = LATE.replace("MARK", repr(str(tmp_path / "no" / "mark"))).replace("SECONDS", "40")

@@ -528,6 +528,7 @@ for number, out in enumerate(sys.argv[3:]):
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process as POSIX does")
 def test_killed_at_any_moment_the_next_run_ends_as_an_uninterrupted_one(tiny_folder, tmp_path):
     """Killed between any two writes, and by the clock; a third of the prompts is one part."""
@@ -666,6 +667,7 @@ def test_the_benchmark_takes_its_short_prompts_from_the_reporting_half(bundled):
 # --- the command -------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_the_command_adds_to_what_is_there_and_two_workers_write_the_same(
     command, tmp_path, tiny_folder
 ):
