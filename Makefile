@@ -66,7 +66,7 @@ test-all: $(WHOLE) model
 
 # By the tests alone: a notebook that runs through a line has not tested it.
 coverage: $(WHOLE) model
-	$(PYTEST) --cov tests
+	$(PYTEST) tests --cov --cov-report=term
 
 # The same sums in another order: torch, MKL and oneDNN without the wide registers of this machine.
 # A few minutes' worth of notebooks and of tests that compare numbers.
