@@ -15,7 +15,7 @@ OUT ?= outputs/reports
 # Workers for the tests. Two torch processes with two threads each crawl, so each gets one thread.
 WORKERS ?= 2
 
-.PHONY: report test test-all test-other-cpu coverage models hostile lint lab student book test-book figures bench evidence model execute lock clean help
+.PHONY: report test test-all test-other-cpu coverage mutants models hostile lint lab student book test-book figures bench evidence model execute lock clean help
 
 help:
 	@echo "make report   run the comparison over notebooks/prompts.yml; prints where the index is"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-all every test and every notebook"
 	@echo "make coverage which branches of helpers/ and llama_reports/ the tests reach"
 	@echo "make test-other-cpu   some of them, computed as an older processor would"
+	@echo "make mutants  does a test fail where the mathematics is changed? hours; can be interrupted"
 	@echo "make models   which families and checkpoints take which method, tried and told in a table"
 	@echo "make hostile  20,000 damaged checkpoints: one sentence, or a model that works"
 	@echo "make lab      JupyterLab on the notebooks"
@@ -67,6 +68,14 @@ test-all: $(WHOLE) model
 # By the tests alone: a notebook that runs through a line has not tested it.
 coverage: $(WHOLE) model
 	$(PYTEST) tests --cov --cov-report=term
+
+# What changes are noticed, by the toy tests: each mutant runs those that reach its function. What was
+# tried is kept in mutants/. ONLY= names the mutants, such as "helpers.attribution.path.*". mutmut is
+# in no lock: nothing else needs it. It forks, so that torch is imported once.
+mutants: $(WHOLE)
+	$(INSTALL) "mutmut==3.8.1"
+	TOY_EVERY=1 OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run --max-children $(WORKERS) $(ONLY)
+	$(BIN)/python -m mutmut results
 
 # The same sums in another order: torch, MKL and oneDNN without the wide registers of this machine.
 # A few minutes' worth of notebooks and of tests that compare numbers.

@@ -6,6 +6,8 @@ one of them, since its tests share what they set up; what takes longest comes fi
 end none works alone.
 """
 
+import os
+
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
@@ -53,7 +55,8 @@ TOY_FILES = (
     "prompts",
     "relevance",
 )
-EVERY = 6  # case of a parametrised test is toy: a diagonal, on which every method and model stands
+# One of so many cases of a parametrised test is toy: diagonals through the product of parameters.
+EVERY = int(os.environ.get("TOY_EVERY", "6"))
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses, and before an order by chance
