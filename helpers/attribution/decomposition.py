@@ -307,8 +307,9 @@ def _shares(states, weights, carried):
     """ALTI: how much of each position, after attention, came from each one before: [seq, seq].
 
     ``states`` [seq, dim] went in. A share is how much the L1 norm of a sum falls short of the
-    distance between the sum and one of its terms; never below zero, and a row sums to 1. Also
-    returns what attention brought to each position, [seq, dim].
+    distance between the sum and one of its terms; never below zero, and a row sums to 1. Where the
+    terms cancel so far that none comes nearer to their sum, the paper has no share to give: the
+    position keeps all. Also returns what attention brought to each position, [seq, dim].
     """
     seq, dim = states.shape
     shares, brought = [], []
@@ -323,4 +324,5 @@ def _shares(states, weights, carried):
         nearer = total.abs().sum(dim=-1) - moved.sub_(total).abs_().sum(dim=-1)  # [some, end]
         shares.append(F.pad(nearer.clamp_min(0), (0, seq - end)))
     shares = torch.cat(shares)
-    return shares / shares.sum(dim=-1, keepdim=True).clamp_min(1e-12), torch.cat(brought)
+    whole, own = shares.sum(dim=-1, keepdim=True), torch.eye(seq, device=shares.device)
+    return torch.where(whole > 0, shares / whole.clamp_min(1e-12), own), torch.cat(brought)

@@ -8,7 +8,8 @@ import torch
 from linear_model import LinearCausalModel
 
 from helpers import InputError, ask, attribute, tiny_llama
-from helpers.attribution import baseline_embeds, embed_prompt, objective
+from helpers.attribution import METHODS, baseline_embeds, embed_prompt, objective
+from helpers.attribution.decomposition import _shares
 from helpers.attribution.engine import attending, attention_weights, sdpa
 
 PROMPT = "Riga is in"  # ten tokens of the toy's byte tokenizer
@@ -212,6 +213,24 @@ def test_alti_logit_of_any_question_adds_up_token_by_token(tiny, options):
     result = attribute(tiny[0], ask(*tiny, PROMPT, **options), "alti_logit", each=True)
     assert result.gap < 1e-4 and (result.gaps < 1e-4).all()
     same(result.each.sum(dim=0), result.scores)
+
+
+@pytest.mark.parametrize("seed", [33, 53, 176])
+def test_alti_logit_adds_up_where_the_terms_of_a_position_cancel(seed):
+    """Of the first 300 toys these three have a position to whose sum no term comes nearer."""
+    model, tokenizer = tiny_llama(seed=seed)
+    assert METHODS["alti_logit"].refusal(model) is None
+    for prompt in (PROMPT, tokenizer.decode([3, 4, 5, 6])):
+        assert attribute(model, ask(model, tokenizer, prompt), "alti_logit").gap < 1e-4
+
+
+def test_a_row_of_shares_sums_to_1_whatever_cancels():
+    states = torch.tensor([[1.0, -2.0], [4.0, -4.0], [0.5, 1.0]])
+    carried = torch.tensor([[[9.0, -9.0], [-8.0, 8.0], [3.0, 1.0]]])  # [heads, seq, dim]
+    weights = torch.tensor([[[1.0, 0, 0], [0.5, 1.0, 0], [0.2, 0.3, 0.5]]])
+    shares, _ = _shares(states, weights, carried)
+    same(shares.sum(dim=-1), torch.ones(3))
+    same(shares[1], torch.tensor([0.0, 1.0, 0.0]))  # 4.5 - 8 + 4 of it is 0.5: none comes nearer
 
 
 def test_a_row_of_a_contrast_is_that_of_its_branch_alone(tiny):

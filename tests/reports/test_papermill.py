@@ -12,6 +12,7 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
+import torch
 from llama3_rope import LLAMA3_ROPE
 from transformers import LlamaForCausalLM
 from wrong_answers import told, with_checks
@@ -47,8 +48,9 @@ GETS = {
     "14_precision": "one token",
     "report": "scripts",
 }
-# with a small model
-STRANGE = {name: ("code", "scripts")[place % 2] for place, name in enumerate(NAMES)}
+# with a small model, which 300 tokens but for one move too little for a patch: 12 says so, and ends
+SMALL = [(name, "300 tokens") for name in NAMES if name != "12_patching"]
+SMALL += [(name, ("code", "scripts")[place % 2]) for place, name in enumerate(NAMES)]
 SHAPES = {
     "one key-value head, tied": {"key_value_heads": 1, "tie_word_embeddings": True},
     "no sharing, Llama 3 positions": {
@@ -107,16 +109,17 @@ def small(bundled, tmp_path_factory):
     config.vocab_size = len(tokenizer)
     for token in ("bos", "eos", "pad"):
         setattr(config, f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
-    for part in (LlamaForCausalLM(config), tokenizer):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    for part in (model, tokenizer):
         part.save_pretrained(folder)
     return str(folder)
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", ["300 tokens", STRANGE], ids=["long", "strange"])
+@pytest.mark.parametrize("name, kind", SMALL)
 def test_runs_on_a_long_and_on_a_strange_prompt(name, kind, small, tmp_path):
-    kind = kind if isinstance(kind, str) else kind[name]
     runs_whole(name, tmp_path, prompt=PROMPTS[kind], model_name=small)
 
 
