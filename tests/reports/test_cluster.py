@@ -19,11 +19,13 @@ import pytest
 import yaml
 from distributed import Client, KilledWorker, get_worker
 from running import PATIENCE, scores, wait_for
+from typer.testing import CliRunner
 
 from helpers.errors import InputError
 from llama_reports import all_prompts as module
 from llama_reports import cluster
 from llama_reports.cluster import run_on_cluster
+from llama_reports.command import app
 from llama_reports.jobs import plan
 from llama_reports.versions import model_digest
 
@@ -153,7 +155,7 @@ def test_a_model_is_asked_for_by_its_digest(tiny_folder):
 
 
 def test_what_a_worker_sends_back_for_another_prompt_is_not_taken(
-    command, tmp_path, tiny_folder, quick_notebook, monkeypatch
+    tmp_path, tiny_folder, quick_notebook, monkeypatch
 ):
     """The work of the command itself, where each report is answered for by another one."""
     prompts, out = prompts_file(tmp_path), tmp_path / "out"
@@ -167,12 +169,12 @@ def test_what_a_worker_sends_back_for_another_prompt_is_not_taken(
 
     monkeypatch.setattr(module, "_report", of_the_first)
     line = [prompts, "--model", tiny_folder, "--notebook", jobs._notebook, "--out", out]
-    done = command(*line)
+    done = CliRunner().invoke(app, list(map(str, line)))
     assert done.exit_code == 1 and "1 of 5 reports done, 4 failed." in done.output
     assert done.output.count("no result of this prompt, and it was not taken") == 4
     shutil.rmtree(out)
     monkeypatch.setattr(module, "score_part", lambda part, out, **options: {"part": "x.parquet"})
-    done = command(*line, "--scores-only")
+    done = CliRunner().invoke(app, [*map(str, line), "--scores-only"])
     assert done.exit_code == 1 and "0 of 5 prompts done, 5 failed." in done.output
 
 
@@ -201,19 +203,23 @@ def prompts_file(folder):
     return path
 
 
-def test_reports_from_two_workers_equal_those_of_one_process(
-    command, tmp_path, tiny_folder, quick_notebook
-):
+def command(*given):
+    return subprocess.run(
+        [sys.executable, "-m", "llama_reports", *map(str, given)], capture_output=True, text=True
+    )
+
+
+def test_reports_from_two_workers_equal_those_of_one_process(tmp_path, tiny_folder, quick_notebook):
     prompts = prompts_file(tmp_path)
     given = [prompts, "--model", tiny_folder, "--notebook", quick_notebook(KILL_THE_WORKER)]
     many = command(*given, "--out", tmp_path / "many", "--workers", 2)
-    assert many.exit_code == 1 and "Traceback" not in many.stderr, many.stderr
+    assert many.returncode == 1 and "Traceback" not in many.stderr, many.stderr
     assert "4 of 5 reports done, 1 failed." in many.stdout
     assert "failed: a-poisoned-prompt: Every worker that ran this prompt died" in many.stderr
     assert not list((tmp_path / "many").glob(".making-*"))
     prompts.write_text(prompts.read_text().replace("- A poisoned prompt\n", ""))
     one = command(*given, "--out", tmp_path / "one")
-    assert one.exit_code == 0, one.stderr
+    assert one.returncode == 0, one.stderr
     pd.testing.assert_frame_equal(
         scores(tmp_path / "many"), scores(tmp_path / "one"), check_exact=True
     )
@@ -304,6 +310,8 @@ def test_a_scheduler_that_is_not_there_is_told(tmp_path, address):
 from helpers.errors import InputError
 from llama_reports.cluster import run_on_cluster
 from llama_reports.versions import model_digest
+
+pytestmark = pytest.mark.thorough
 try:
     next(run_on_cluster(abs, [1], {str(tmp_path)!r}, scheduler={address!r}, patience=1))
 except InputError as error:

@@ -667,6 +667,12 @@ def test_the_benchmark_takes_its_short_prompts_from_the_reporting_half(bundled):
 # --- the command -------------------------------------------------------------------------------
 
 
+def process(*given):
+    """The command line in a process, which a cluster that it starts has to itself."""
+    line = [sys.executable, "-m", "llama_reports", *map(str, given)]
+    return subprocess.run(line, capture_output=True, text=True)
+
+
 @pytest.mark.thorough
 def test_the_command_adds_to_what_is_there_and_two_workers_write_the_same(
     command, tmp_path, tiny_folder
@@ -680,8 +686,8 @@ def test_the_command_adds_to_what_is_there_and_two_workers_write_the_same(
     prompts.write_text("\n".join(lines), encoding="utf-8")
     more = command(*given, "--out", tmp_path / "one")
     assert "300 of 300 prompts done, 0 failed, 300 finished before." in more.stdout, more.stderr
-    two = command(*given, "--out", tmp_path / "two", "--workers", 2)
-    assert two.exit_code == 0 and "600 of 600 prompts done" in two.stdout, two.stderr
+    two = process(*given, "--out", tmp_path / "two", "--workers", 2)
+    assert two.returncode == 0 and "600 of 600 prompts done" in two.stdout, two.stderr
     found = [
         pd.read_parquet(tmp_path / out / "scores")
         .sort_values(["id", "method", "unit"], ignore_index=True)
