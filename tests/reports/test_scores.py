@@ -536,7 +536,7 @@ def test_killed_at_any_moment_the_next_run_ends_as_an_uninterrupted_one(tiny_fol
     command = [sys.executable, "-c", RUN, tiny_folder, tmp_path / "whole", *outs]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
-    assert done.exit_code == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
     finished = [int(line.split()[1]) for line in done.stdout.splitlines()]
     assert finished[:6] == [0] * 5 + [8], "nothing counts before the last file, all does after it"
     for out in outs:
