@@ -1,6 +1,8 @@
 """What tests of whole runs share: a notebook to run, patience, and what a run leaves."""
 
 import re
+import subprocess
+import sys
 import time
 from xml.etree import ElementTree
 
@@ -18,6 +20,12 @@ def write_notebook(path, parameters, *cells):
     notebook.cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(notebook, path)
     return path
+
+
+def process(*given):
+    """The command line in a process, which a cluster that it starts has to itself; finished."""
+    line = [sys.executable, "-m", "llama_reports", *map(str, given)]
+    return subprocess.run(line, capture_output=True, text=True)
 
 
 def wait_for(seen, process):

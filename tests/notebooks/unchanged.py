@@ -62,13 +62,16 @@ def digest(path, root):
 
 
 def pytest_collection_modifyitems(config, items):
-    kept = config.cache.get(KEPT, {}) if config.getoption("skip_unchanged") else {}
-    for path in {item.path for item in items if item.path.suffix == ".ipynb"}:
-        name = path.relative_to(config.rootpath).as_posix()
-        if name in kept and kept[name] == digest(path, config.rootpath):
-            for item in items:
-                if item.path == path:
-                    item.add_marker(pytest.mark.skip(reason=f"{name}: {REASON}"))
+    if not config.getoption("skip_unchanged"):
+        return
+    root, kept = config.rootpath, config.cache.get(KEPT, {})
+    same = {
+        name for name in kept if (root / name).is_file() and kept[name] == digest(root / name, root)
+    }
+    reasons = {root / name: f"{name}: {REASON}" for name in same}
+    for item in items:
+        if item.path in reasons:
+            item.add_marker(pytest.mark.skip(reason=reasons[item.path]))
 
 
 def pytest_sessionstart(session):

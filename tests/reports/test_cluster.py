@@ -18,14 +18,12 @@ import psutil
 import pytest
 import yaml
 from distributed import Client, KilledWorker, get_worker
-from running import PATIENCE, scores, wait_for
-from typer.testing import CliRunner
+from running import PATIENCE, process, scores, wait_for
 
 from helpers.errors import InputError
 from llama_reports import all_prompts as module
 from llama_reports import cluster
 from llama_reports.cluster import run_on_cluster
-from llama_reports.command import app
 from llama_reports.jobs import plan
 from llama_reports.versions import model_digest
 
@@ -155,7 +153,7 @@ def test_a_model_is_asked_for_by_its_digest(tiny_folder):
 
 
 def test_what_a_worker_sends_back_for_another_prompt_is_not_taken(
-    tmp_path, tiny_folder, quick_notebook, monkeypatch
+    command, tmp_path, tiny_folder, quick_notebook, monkeypatch
 ):
     """The work of the command itself, where each report is answered for by another one."""
     prompts, out = prompts_file(tmp_path), tmp_path / "out"
@@ -169,12 +167,12 @@ def test_what_a_worker_sends_back_for_another_prompt_is_not_taken(
 
     monkeypatch.setattr(module, "_report", of_the_first)
     line = [prompts, "--model", tiny_folder, "--notebook", jobs._notebook, "--out", out]
-    done = CliRunner().invoke(app, list(map(str, line)))
+    done = command(*line)
     assert done.exit_code == 1 and "1 of 5 reports done, 4 failed." in done.output
     assert done.output.count("no result of this prompt, and it was not taken") == 4
     shutil.rmtree(out)
     monkeypatch.setattr(module, "score_part", lambda part, out, **options: {"part": "x.parquet"})
-    done = CliRunner().invoke(app, [*map(str, line), "--scores-only"])
+    done = command(*line, "--scores-only")
     assert done.exit_code == 1 and "0 of 5 prompts done, 5 failed." in done.output
 
 
@@ -203,22 +201,16 @@ def prompts_file(folder):
     return path
 
 
-def command(*given):
-    return subprocess.run(
-        [sys.executable, "-m", "llama_reports", *map(str, given)], capture_output=True, text=True
-    )
-
-
 def test_reports_from_two_workers_equal_those_of_one_process(tmp_path, tiny_folder, quick_notebook):
     prompts = prompts_file(tmp_path)
     given = [prompts, "--model", tiny_folder, "--notebook", quick_notebook(KILL_THE_WORKER)]
-    many = command(*given, "--out", tmp_path / "many", "--workers", 2)
+    many = process(*given, "--out", tmp_path / "many", "--workers", 2)
     assert many.returncode == 1 and "Traceback" not in many.stderr, many.stderr
     assert "4 of 5 reports done, 1 failed." in many.stdout
     assert "failed: a-poisoned-prompt: Every worker that ran this prompt died" in many.stderr
     assert not list((tmp_path / "many").glob(".making-*"))
     prompts.write_text(prompts.read_text().replace("- A poisoned prompt\n", ""))
-    one = command(*given, "--out", tmp_path / "one")
+    one = process(*given, "--out", tmp_path / "one")
     assert one.returncode == 0, one.stderr
     pd.testing.assert_frame_equal(
         scores(tmp_path / "many"), scores(tmp_path / "one"), check_exact=True

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from running import process
 
 from helpers import METHODS, InputError, ask, attribute, tiny_llama
 from helpers.attribution import BUDGET
@@ -665,12 +666,6 @@ def test_the_benchmark_takes_its_short_prompts_from_the_reporting_half(bundled):
 
 
 # --- the command -------------------------------------------------------------------------------
-
-
-def process(*given):
-    """The command line in a process, which a cluster that it starts has to itself."""
-    line = [sys.executable, "-m", "llama_reports", *map(str, given)]
-    return subprocess.run(line, capture_output=True, text=True)
 
 
 @pytest.mark.thorough
