@@ -23,8 +23,6 @@ from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 
-plt.style.use(Path(__file__).parent / "data" / "house.mplstyle")
-
 DIVERGING = "RdBu_r"  # red pushes the answer up, blue pushes it down
 SEQUENTIAL = "cividis"
 LINE = 72  # characters of running text
@@ -42,6 +40,11 @@ _FONTS = [
     "Arial Unicode MS",
     "WenQuanYi Zen Hei",
 ]
+_FONTS = [
+    name for name in _FONTS if name in {font.name for font in font_manager.fontManager.ttflist}
+]
+plt.style.use(Path(__file__).parent / "data" / "house.mplstyle")
+plt.rcParams["font.family"] = ["sans-serif", *_FONTS]  # a title may hold a token, too
 Labels = Sequence[str]
 _VISIBLE = {" ": "\N{OPEN BOX}", "\n": "↵", "\t": "⇥", "\r": "←"}
 
@@ -342,12 +345,10 @@ def _drawable(character):
 
 @cache
 def _installed_fonts():
-    """``{family: characters}`` of every font in ``_FONTS`` that this machine has."""
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    names = [name for name in _FONTS if name in installed]
-    return {name: set(FT2Font(font_manager.findfont(name)).get_charmap()) for name in names}
+    """``{family: characters}`` of every font in ``_FONTS``."""
+    return {name: set(FT2Font(font_manager.findfont(name)).get_charmap()) for name in _FONTS}
 
 
 def _literal():
     """How a token is drawn as it is: a $ in a prompt is a dollar."""
-    return {"fontfamily": list(_installed_fonts()), "parse_math": False}
+    return {"fontfamily": _FONTS, "parse_math": False}

@@ -80,10 +80,9 @@ def test_a_figure_is_drawn_on_the_ax_it_was_given(ax, draw, signed):
 def test_any_prompt_can_be_drawn_without_a_warning(ax, draw, prompt, tmp_path):
     labels = AWKWARD[prompt]
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "error"
-        )  # "Glyph 25289 missing from font", "Tight layout not applied"
+        warnings.simplefilter("error")  # "Glyph 25289 missing from font"
         draw(ax, labels, np.linspace(-1, 1, len(labels)))
+        ax.set_title(readable("".join(labels)), parse_math=False)
         save_figure(ax.figure, "figure", tmp_path)
 
 
@@ -104,6 +103,14 @@ def test_of_a_label_of_any_length_the_beginning_is_drawn(draw, label, tmp_path):
     png, _ = save_figure(figure, "long", tmp_path)
     plt.close(figure)
     assert max(Image.open(png).size) < 2500
+
+
+def test_a_title_draws_what_any_font_has(ax, tmp_path):
+    assert readable("\N{ARC}") == "\N{ARC}"  # which one of the two fonts of matplotlib lacks
+    ax.set_title("\N{ARC}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_figure(ax.figure, "figure", tmp_path)
 
 
 def test_white_space_is_made_visible():

@@ -303,7 +303,6 @@ from helpers.errors import InputError
 from llama_reports.cluster import run_on_cluster
 from llama_reports.versions import model_digest
 
-pytestmark = pytest.mark.thorough
 try:
     next(run_on_cluster(abs, [1], {str(tmp_path)!r}, scheduler={address!r}, patience=1))
 except InputError as error:

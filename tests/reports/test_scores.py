@@ -535,7 +535,7 @@ def test_killed_at_any_moment_the_next_run_ends_as_an_uninterrupted_one(tiny_fol
     """Killed between any two writes, and by the clock; a third of the prompts is one part."""
     outs = [tmp_path / f"killed-{number}" for number in range(8)]
     command = [sys.executable, "-c", RUN, tiny_folder, tmp_path / "whole", *outs]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     finished = [int(line.split()[1]) for line in done.stdout.splitlines()]
