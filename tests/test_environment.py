@@ -79,7 +79,7 @@ def test_what_make_report_installs_is_pinned_and_none_of_it_is_for_tests_or_the_
     needed = drawn_in([*PROJECT["dependencies"], *EXTRAS["reports"]])
     assert len(needed) > 50 and needed <= set(locked()[0])
     beside = {name_of(Requirement(line)) for line in (*EXTRAS["lab"], *EXTRAS["test"])}
-    assert needed & beside == {"packaging", "pillow"}  # which others draw in
+    assert needed & beside == {"jsonschema", "packaging", "pillow"}  # which others draw in
 
 
 # --- what is imported is asked for -------------------------------------------------------------
