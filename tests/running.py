@@ -1,5 +1,6 @@
 """What tests of whole runs share: a notebook to run, patience, and what a run leaves."""
 
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,12 @@ import nbformat
 import pandas as pd
 
 PATIENCE = 600  # seconds after which something hangs, on however slow a machine
+EVERY_CASE = bool(os.environ.get("EVERY_CASE"))  # as once a month
+
+
+def few(cases, number):
+    """``number`` of these cases, evenly spread; with ``EVERY_CASE=1`` all of them."""
+    return list(cases) if EVERY_CASE else list(cases)[:: max(1, len(cases) // number)][:number]
 
 
 def write_notebook(path, parameters, *cells):

@@ -2,11 +2,9 @@
 
 What its cells assert must hold for any of them. They run in the warm engine, as reports do. All
 five prompts with the bundled model take an hour, so each notebook gets one of them there, the
-costlier ones a short one, and the others with ``EVERY_PROMPT=1``; a long prompt and a strange one
+costlier ones a short one, and the others with ``EVERY_CASE=1``; a long prompt and a strange one
 it gets with a small model of the same tokens.
 """
-
-import os
 
 import nbformat
 import pandas as pd
@@ -14,6 +12,7 @@ import papermill
 import pytest
 import torch
 from llama3_rope import LLAMA3_ROPE
+from running import EVERY_CASE
 from transformers import LlamaForCausalLM
 from wrong_answers import told, with_checks
 
@@ -83,8 +82,8 @@ def stderr_of(notebook):
 def bundled_runs():
     for name in NAMES:
         for kind in PROMPTS:
-            later = kind != GETS[name] and not os.environ.get("EVERY_PROMPT")
-            skip = pytest.mark.skipif(later, reason="all five prompts run with EVERY_PROMPT=1")
+            later = kind != GETS[name] and not EVERY_CASE
+            skip = pytest.mark.skipif(later, reason="all five prompts run with EVERY_CASE=1")
             yield pytest.param(name, kind, marks=skip)
 
 
