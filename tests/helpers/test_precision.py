@@ -155,19 +155,18 @@ def overflowing():
 
 
 @pytest.mark.thorough
-def test_scores_without_notebooks_have_an_error_row_and_the_command_ends_with_1(tmp_path):
+def test_scores_without_notebooks_have_an_error_row_and_the_command_ends_with_1(command, tmp_path):
     import pandas as pd
 
     for part in overflowing():
         part.save_pretrained(tmp_path / "large")
     (tmp_path / "prompts.yml").write_text("- ab\n- cd\n", encoding="utf-8")
-    command = [sys.executable, "-m", "llama_reports", tmp_path / "prompts.yml", "--scores-only"]
-    command += ["--model", tmp_path / "large", "--method", "saliency"]
+    given = [tmp_path / "prompts.yml", "--scores-only"]
+    given += ["--model", tmp_path / "large", "--method", "saliency"]
     for dtype, status, errors in (("float16", 1, 2), ("float32", 0, 0)):
         out = tmp_path / dtype
-        options = [*map(str, command), "--out", str(out), "--dtype", dtype]
-        done = subprocess.run(options, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == status, done.stderr
+        done = command(*given, "--out", out, "--dtype", dtype)
+        assert done.exit_code == status, done.stderr
         rows = pd.read_parquet(out / "prompts")
         assert rows["error"].notna().sum() == errors
         assert rows["error"].dropna().str.contains("not finite").all()
@@ -283,17 +282,17 @@ def test_a_machine_with_instructions_for_bfloat16_is_told_nothing():
 
 
 @pytest.mark.thorough
-def test_the_command_says_it_before_the_work_starts_and_once(tiny_folder, tmp_path):
+def test_the_command_says_it_before_the_work_starts_and_once(command, tiny_folder, tmp_path):
     (tmp_path / "prompts.yml").write_text("- ab\n", encoding="utf-8")
-    command = [sys.executable, "-m", "llama_reports", tmp_path / "prompts.yml", "--dry-run"]
-    options = [*map(str, command), "--dtype", "bfloat16"]
+    given = [sys.executable, "-m", "llama_reports", tmp_path / "prompts.yml", "--dry-run"]
+    options = [*map(str, given), "--dtype", "bfloat16"]
     told = "Note: bfloat16 takes about"
     done = subprocess.run(
         options, capture_output=True, text=True, cwd=ROOT, env=os.environ | SLOWED
     )
     assert done.returncode == 0 and done.stderr.count(told) == 1, done.stderr
-    done = subprocess.run(options[:-2], capture_output=True, text=True, cwd=ROOT)
-    assert done.stderr == ""  # float32: nothing is measured, nothing said
+    done = command(*given[3:])
+    assert done.exit_code == 0 and done.stderr == ""  # float32: nothing measured, nothing said
 
 
 def test_float32_is_never_called_slow_and_a_model_is_asked_for_its_own(tiny, monkeypatch):

@@ -145,13 +145,17 @@ def test_a_method_of_another_package_is_in_a_report(theirs, tiny_folder, quick_n
         ("saliency = llama_length:length", "is there already"),
     ],
 )
-def test_a_broken_entry_point_is_one_sentence(entry_point, fault, tiny_folder, tmp_path):
-    environment = installed(tmp_path, entry_point)
+def test_a_broken_entry_point_is_one_sentence(
+    command, monkeypatch, entry_point, fault, tiny_folder, tmp_path
+):
+    monkeypatch.syspath_prepend(installed(tmp_path, entry_point)["PYTHONPATH"])
+    monkeypatch.delitem(vars(METHODS), "_found", raising=False)  # so they are looked for anew
+    monkeypatch.delitem(sys.modules, "llama_length", raising=False)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('"Riga is in"', encoding="utf-8")
-    command = ["-m", "llama_reports", prompts, "--scores-only", "--out", tmp_path / "out"]
-    done = run(environment, *command, "--model", tiny_folder, "--method", "random")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    given = [prompts, "--scores-only", "--out", tmp_path / "out", "--model", tiny_folder]
+    done = command(*given, "--method", "random")
+    assert done.exit_code == 2 and "Traceback" not in done.stderr
     (line,) = done.stderr.strip().splitlines()
     name = entry_point.partition(" ")[0]
     assert line.startswith(f"Error: The method {name!r} of the package llama-length {fault}")
