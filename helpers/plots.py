@@ -8,6 +8,7 @@ Tokens are drawn as text, never as markup, and of a long one the beginning.
 
 import io
 import json
+import logging
 import unicodedata
 from collections.abc import Sequence
 from functools import cache
@@ -28,6 +29,7 @@ SEQUENTIAL = "cividis"
 LINE = 72  # characters of running text
 LONGEST = 32  # characters of a label
 
+_INSTALLED = {font.name for font in font_manager.fontManager.ttflist}
 # Drawn with the first of these that is installed and has the character.
 _FONTS = [
     "DejaVu Sans Mono",
@@ -40,11 +42,11 @@ _FONTS = [
     "Arial Unicode MS",
     "WenQuanYi Zen Hei",
 ]
-_FONTS = [
-    name for name in _FONTS if name in {font.name for font in font_manager.fontManager.ttflist}
-]
+_FONTS = [name for name in _FONTS if name in _INSTALLED]
 plt.style.use(Path(__file__).parent / "data" / "house.mplstyle")
 plt.rcParams["font.family"] = ["sans-serif", *_FONTS]  # a title may hold a token, too
+# Some have one weight only, which is told in every figure, whether a character needs them or not.
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 Labels = Sequence[str]
 _VISIBLE = {" ": "\N{OPEN BOX}", "\n": "↵", "\t": "⇥", "\r": "←"}
 

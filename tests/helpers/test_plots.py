@@ -105,12 +105,13 @@ def test_of_a_label_of_any_length_the_beginning_is_drawn(draw, label, tmp_path):
     assert max(Image.open(png).size) < 2500
 
 
-def test_a_title_draws_what_any_font_has(ax, tmp_path):
+def test_a_title_draws_what_any_font_has_and_says_nothing(ax, tmp_path, caplog):
     assert readable("\N{ARC}") == "\N{ARC}"  # which one of the two fonts of matplotlib lacks
     ax.set_title("\N{ARC}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         save_figure(ax.figure, "figure", tmp_path)
+    assert not caplog.records
 
 
 def test_white_space_is_made_visible():
