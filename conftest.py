@@ -4,4 +4,5 @@ pytest_plugins = [
     "tests.tiers",
     "tests.notebooks.compare_outputs",
     "tests.notebooks.unchanged",
+    "tests.notebooks.warm_kernels",
 ]

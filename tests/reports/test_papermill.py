@@ -131,6 +131,7 @@ def other_llama(request, tmp_path_factory):
     return folder, "A" if "rope_parameters" in request.param else "The keys to the cabinet"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_on_another_shape_of_llama(name, other_llama, tmp_path):
     """And its exercises: undone and wrong answers are told from the lesson's own."""
