@@ -56,7 +56,9 @@ TOY_FILES = (
     "relevance",
 )
 # One of so many cases of a parametrised test is toy: diagonals through the product of parameters.
+# make mutants takes every case, and these files, too.
 EVERY = int(os.environ.get("TOY_EVERY", "6"))
+TOY_FILES += ("architectures", "coalitions", "many", "questions") if EVERY == 1 else ()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses, and before an order by chance

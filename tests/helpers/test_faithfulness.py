@@ -12,6 +12,7 @@ from linear_model import LinearCausalModel
 
 from helpers import InputError, ask, attribute, tiny_llama
 from helpers.faithfulness import (
+    Curves,
     against_random,
     area,
     best_by_interval,
@@ -107,6 +108,29 @@ def test_on_a_linear_model_no_order_does_better_than_the_known_scores(linear, ti
     assert measures["deletion"][0] == measures["deletion"].min()
     assert measures["faithfulness"].min() < measures["faithfulness"][0]
     same(measures["faithfulness"][1:].mean(), torch.tensor(0.0), 1e-4)  # chance, exactly
+
+
+def test_the_measures_are_those_of_their_papers():
+    """Of one order of five units in steps of 1, 2, 4 and 5, written out."""
+    deletion = torch.tensor([[8.0, 0.9], [5.0, 0.5], [4.0, 0.4], [1.0, 0.2], [0.0, 0.1]])
+    insertion = torch.tensor([[0.0, 0.1], [6.0, 0.6], [7.0, 0.8], [7.5, 0.7], [8.0, 0.9]])
+    counts = torch.tensor([0, 1, 2, 4, 5])
+    found = erasure_measures(Curves(counts, deletion[None], insertion[None], 9))
+    below = (6.5 + 4.5 + 2 * 2.5 + 0.5) / 5
+    above = (3 + 6.5 + 2 * 7.25 + 7.75) / 5
+    chances = (0.35 + 0.7 + 2 * 0.75 + 0.8) / 5 - (0.7 + 0.45 + 2 * 0.3 + 0.15) / 5
+    expected = {
+        "deletion": below,
+        "insertion": above,
+        "faithfulness": above - below,
+        "faithfulness_probability": chances,
+        "comprehensiveness": ((8 - 5) + (8 - 4)) / 2,  # of one and of two units, of five
+        "sufficiency": ((8 - 6) + (8 - 7)) / 2,
+    }
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(expected)
+    alone = Curves(torch.tensor([0, 1]), deletion[None, :2], insertion[None, :2], 3)
+    found = erasure_measures(alone)  # of one unit there is no half
+    assert (found["comprehensiveness"].item(), found["sufficiency"].item()) == (3, 2)
 
 
 def test_a_variant_that_orders_share_is_run_once(tiny):
