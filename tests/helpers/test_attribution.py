@@ -175,6 +175,7 @@ def check_result(result, question, method):
     assert result.scores.device.type == "cpu"
     assert not result.scores.requires_grad
     assert result.scores.isfinite().all()
+    assert result.signed == METHODS[method].signed
     assert result.signed or (result.scores >= 0).all()
     assert result.gap is None or result.gap >= 0
     assert result.method == method
