@@ -371,7 +371,7 @@ def test_a_positive_score_says_that_the_answer_is_less_probable_without_the_toke
         assert torch.equal((scores > 0)[clear], (odds[1:] < odds[0])[clear])
         same(scores, (odds[0] / odds[1:]).log(), 1e-2)
         signs += int((scores < 0).sum())
-    assert signs > 2  # some tokens do push the answer away
+    assert signs > len(shortest) // 4  # some tokens do push the answer away
 
 
 # --- rows of a whole answer --------------------------------------------------------------------

@@ -284,14 +284,12 @@ def test_a_machine_with_instructions_for_bfloat16_is_told_nothing():
 @pytest.mark.thorough
 def test_the_command_says_it_before_the_work_starts_and_once(command, tiny_folder, tmp_path):
     (tmp_path / "prompts.yml").write_text("- ab\n", encoding="utf-8")
-    given = [sys.executable, "-m", "llama_reports", tmp_path / "prompts.yml", "--dry-run"]
-    options = [*map(str, given), "--dtype", "bfloat16"]
+    given = [str(tmp_path / "prompts.yml"), "--dry-run"]
+    line = [sys.executable, "-m", "llama_reports", *given, "--dtype", "bfloat16"]
     told = "Note: bfloat16 takes about"
-    done = subprocess.run(
-        options, capture_output=True, text=True, cwd=ROOT, env=os.environ | SLOWED
-    )
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=os.environ | SLOWED)
     assert done.returncode == 0 and done.stderr.count(told) == 1, done.stderr
-    done = command(*given[3:])
+    done = command(*given)
     assert done.exit_code == 0 and done.stderr == ""  # float32: nothing measured, nothing said
 
 
