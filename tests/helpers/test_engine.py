@@ -449,7 +449,18 @@ from helpers import ask, attribute, load_model
 model, tokenizer = load_model()
 question = ask(model, tokenizer, "one two three four five six seven eight " * 6)
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (held + 700_000_000, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (held + 1_000_000_000, resource.RLIM_INFINITY))
+def filled(size):
+    taken = []
+    while True:
+        try:
+            taken.append(torch.empty(size, dtype=torch.uint8))
+        except RuntimeError:
+            return taken
+# Whatever is free, also what loading has given back to the allocator, which differs by machine. Then
+# 400 MB of it are given back: the larger pieces go to the system, the smaller ones are kept.
+large, small = filled(40_000_000), filled(1_000_000)
+del large[-10:]
 seen = []
 def note(module, args, named):
     seen.append(len(named["inputs_embeds"]))
@@ -462,7 +473,7 @@ print(max(seen), min(seen), sum(seen), result.evaluations, bool(result.scores.is
 @pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space, as Linux does")
 def test_a_machine_that_runs_out_of_memory_halves_and_finishes():
-    """The real thing: a process that may allocate 700 MB more than the model takes."""
+    """The real thing: a process that may allocate 400 MB more than the model takes."""
     done = subprocess.run([sys.executable, "-c", REAL_LIMIT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     largest, smallest, rows, evaluations, finite = done.stdout.split()
