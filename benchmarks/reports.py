@@ -25,9 +25,9 @@ import yaml
 from report import keep, table
 
 from helpers.ground_truth import FAMILIES, cases
+from llama_reports import kernels
 from llama_reports.jobs import NOTEBOOKS, plan
 from llama_reports.run import report_source, run_report
-from llama_reports.warm import WarmEngine
 
 METHODS = ["saliency", "gradient_x_input", "relevance", "random"]
 REPORTING = Path(__file__).with_name("prompts") / "reporting.yml"
@@ -104,7 +104,7 @@ def overhead(count):
             rows.append(row)
             print(f"{number + 1}/{len(jobs)}", {k: v for k, v in row.items() if k != "prompt"})
     memory = sum(p.memory_full_info().pss for p in psutil.Process().children(recursive=True))
-    WarmEngine.close()
+    kernels.close()
     measured = pd.DataFrame(rows)
     measured["plain overhead"] = measured["plain"] - measured["own"]
     measured["warm overhead"] = measured["warm"] - measured["own"]

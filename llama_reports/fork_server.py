@@ -1,10 +1,10 @@
 """A process that has imported everything and loaded the model, and forks a kernel for every run.
 
-Started by ``llama_reports.warm``, which speaks with it over a pipe: one message asks for a kernel,
-one message answers with its process number. A kernel is a copy of this process as it was before
-any run, so nothing of one run is left for the next: no variable, seed, setting, imported or patched
-module, changed weight or leaked memory. Pages that a kernel does not write to, such as the weights,
-are shared.
+Started by ``llama_reports.kernels``, which speaks with it over a pipe: one message asks for a
+kernel, one message answers with its process number. A kernel is a copy of this process as it was
+before any run, so nothing of one run is left for the next: no variable, seed, setting, imported or
+patched module, changed weight or leaked memory. Pages that a kernel does not write to, such as the
+weights, are shared.
 
 Two rules make forking safe. This process never runs an operation on several threads, since the
 thread pool of OpenMP does not survive a fork; and it never touches a GPU, since CUDA does not.

@@ -457,8 +457,8 @@ def filled(size):
             taken.append(torch.empty(size, dtype=torch.uint8))
         except RuntimeError:
             return taken
-# Whatever is free, also what loading has given back to the allocator, which differs by machine. Then
-# 400 MB of it are given back: the larger pieces go to the system, the smaller ones are kept.
+# All that is free, also what loading has given back to the allocator: machines differ in that. Then
+# 400 MB are given back: the larger pieces go to the system, the smaller ones are kept.
 large, small = filled(40_000_000), filled(1_000_000)
 del large[-10:]
 seen = []

@@ -16,8 +16,8 @@ from helpers import InputError, tiny_llama
 from llama_reports import run
 from llama_reports.gallery import write_index
 from llama_reports.jobs import plan
+from llama_reports.kernels import ForkServer
 from llama_reports.run import run_report
-from llama_reports.warm import ForkServer
 
 
 def prompts_file(folder, *entries):

@@ -13,7 +13,8 @@ import pytest
 from nbclient.exceptions import DeadKernelError
 from running import PATIENCE, wait_for, write_notebook
 
-from llama_reports.warm import CAN_FORK, ForkServer, WarmEngine
+from llama_reports import kernels
+from llama_reports.kernels import CAN_FORK, ForkServer, server_for
 
 pytestmark = pytest.mark.skipif(not CAN_FORK, reason="kernels are forked on Linux only")
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.skipif(not CAN_FORK, reason="kernels are forked on Linu
 @pytest.fixture(scope="module", autouse=True)
 def no_server_left():
     yield
-    WarmEngine.close()
+    kernels.close()
 
 
 def notebook(folder, *cells, parameters=""):
@@ -129,8 +130,9 @@ print(len(held), one.lm_head.weight.data_ptr() == two.lm_head.weight.data_ptr())
     path = notebook(tmp_path, cell, parameters=f"model_name = {str(tiny_folder)!r}")
     assert run(path) == run(path) == "1 False\n"
     assert run(path, engine=None) == "0 False\n"
-    server = WarmEngine._server
-    assert run(path, model_name=str(tiny_folder)) == "1 False\n" and WarmEngine._server is server
+    server = server_for(str(tiny_folder), "float32")
+    assert run(path, model_name=str(tiny_folder)) == "1 False\n"
+    assert server_for(str(tiny_folder), "float32") is server
 
 
 def test_threads_work_in_a_fork(tmp_path, monkeypatch):
@@ -145,22 +147,22 @@ def test_threads_work_in_a_fork(tmp_path, monkeypatch):
 @pytest.mark.parametrize("end", ["os._exit(3)", "os.kill(os.getpid(), signal.SIGSEGV)"])
 def test_a_kernel_that_dies_takes_nothing_with_it(tmp_path, end):
     run(notebook(tmp_path, "1"))
-    server = WarmEngine._server
+    server = server_for(None, "float32")
     with pytest.raises(DeadKernelError):
         run(notebook(tmp_path, f"import os, signal; print('before')\n{end}"))
     # what was reached is saved
     assert nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].metadata.papermill
     assert run(notebook(tmp_path, "print('alive')")) == "alive\n"
-    assert WarmEngine._server is server and server.alive()
+    assert server_for(None, "float32") is server and server.alive()
 
 
 def test_a_server_that_dies_is_replaced(tmp_path):
     run(notebook(tmp_path, "1"))
-    dead = WarmEngine._server
+    dead = server_for(None, "float32")
     dead.process.kill()
     dead.process.wait()
     assert run(notebook(tmp_path, "print('alive')")) == "alive\n"
-    assert WarmEngine._server is not dead
+    assert server_for(None, "float32") is not dead
 
 
 def test_a_server_that_fails_says_why(tmp_path, monkeypatch):
