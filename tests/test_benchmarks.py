@@ -28,6 +28,7 @@ from helpers.ground_truth import (
 from helpers.models import weights_digest
 from helpers.summary import default_units, explain
 
+pytestmark = pytest.mark.thorough
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -66,7 +67,6 @@ def test_both_gradients_are_the_same(bundled):
     )
 
 
-@pytest.mark.thorough
 def test_one_measurement_is_a_process_that_prints_one_line_of_json():
     command = [sys.executable, str(ROOT / "benchmarks" / "attribution.py"), "--peer", "ours"]
     command += ["--length", "6", "--steps", "2"]
@@ -159,7 +159,6 @@ def marked(tmp_path, monkeypatch):
     return seen
 
 
-@pytest.mark.thorough
 def test_a_prompt_that_was_measured_is_not_measured_again(marked, tmp_path, monkeypatch):
     """Of two runs over the same prompts the second runs none, and one of more prompts the rest."""
     monkeypatch.setattr(evidence, "FAMILIES", ("capital",))
@@ -194,7 +193,6 @@ def test_a_model_that_solves_nothing_is_told_so_before_any_method_runs(
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-@pytest.mark.thorough
 def test_one_prompt_of_each_kind_is_measured_on_the_bundled_model(bundled, monkeypatch, tmp_path):
     """Its units, the best order, and what runs on the first prompts of short families alone."""
     monkeypatch.setattr(evidence, "WORKER", dict(zip(("model", "tokenizer"), bundled, strict=True)))
@@ -368,7 +366,6 @@ def test_the_committed_table_of_precisions_is_of_this_model_and_in_the_results(b
 # --- the old code and the new ------------------------------------------------------------------
 
 
-@pytest.mark.thorough
 def test_two_checkouts_take_turns_and_their_scores_are_compared():
     """This checkout against itself: the same scores, and a ratio that can be read."""
     command = [sys.executable, str(ROOT / "benchmarks" / "old_and_new.py"), str(ROOT)]

@@ -61,6 +61,12 @@ EVERY = int(os.environ.get("TOY_EVERY", "6"))
 TOY_FILES += ("architectures", "coalitions", "many", "questions") if EVERY == 1 else ()
 
 
+def pytest_ignore_collect(collection_path, config):
+    """With ``-m toy`` no file is imported that has no such test."""
+    asked = config.option.markexpr == "toy" and collection_path.is_file()
+    return (asked and collection_path.stem.removeprefix("test_") not in TOY_FILES) or None
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses, and before an order by chance
 def pytest_collection_modifyitems(items):
     items.sort(key=place)

@@ -74,6 +74,7 @@ def test_a_cell_that_never_ends_is_stopped_and_the_next_report_is_made(
     assert not psutil.pid_exists(child)
 
 
+@pytest.mark.thorough
 def test_a_report_as_a_whole_has_the_same_limit_as_a_cell(tmp_path, quick_notebook, tiny_folder):
     slow = ["import time; time.sleep(2)"] * 8
     (job,) = jobs_of(tmp_path, quick_notebook(*slow), tiny_folder, "The keys to")
@@ -95,6 +96,7 @@ if times < TIMES:
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("times", [2, 1000])
 def test_a_kernel_that_dies_before_it_is_ready_is_tried_again(
     tmp_path, quick_notebook, tiny_folder, monkeypatch, times

@@ -109,6 +109,7 @@ tokenizer.padding_side = "right"
 """
 
 
+@pytest.mark.thorough
 def test_same_numbers_as_plain_papermill_whatever_was_done_to_the_model_before(
     tmp_path, tiny_folder, monkeypatch
 ):
@@ -156,6 +157,7 @@ def test_a_kernel_that_dies_takes_nothing_with_it(tmp_path, end):
     assert server_for(None, "float32") is server and server.alive()
 
 
+@pytest.mark.thorough
 def test_a_server_that_dies_is_replaced(tmp_path):
     run(notebook(tmp_path, "1"))
     dead = server_for(None, "float32")
@@ -165,6 +167,7 @@ def test_a_server_that_dies_is_replaced(tmp_path):
     assert server_for(None, "float32") is not dead
 
 
+@pytest.mark.thorough
 def test_a_server_that_fails_says_why(tmp_path, monkeypatch):
     broken = tmp_path / "captum"
     broken.mkdir()
@@ -194,6 +197,7 @@ def test_a_leak_ends_with_its_run(tmp_path):
     assert sum(p.memory_info().rss for p in family) - before < 150_000_000
 
 
+@pytest.mark.thorough
 def test_no_kernel_and_no_server_outlives_a_killed_caller(tmp_path):
     path = notebook(tmp_path, f"import time; open('started', 'w').close(); time.sleep({PATIENCE})")
     code = f"import sys; sys.path[:] = {sys.path!r}\n"
@@ -208,6 +212,7 @@ def test_no_kernel_and_no_server_outlives_a_killed_caller(tmp_path):
     assert not alive
 
 
+@pytest.mark.thorough
 def test_a_file_in_the_current_folder_stands_in_for_no_module(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("raise SystemExit('taken')")
     (tmp_path / "json.py").write_text("raise SystemExit('taken')")
@@ -217,6 +222,7 @@ def test_a_file_in_the_current_folder_stands_in_for_no_module(tmp_path, monkeypa
     server.close()
 
 
+@pytest.mark.thorough
 def test_papermill_knows_it_by_name(tmp_path):
     path = notebook(tmp_path, "print(value + 1)", parameters="value = 1")
     command = [sys.executable, "-m", "papermill", "--engine", "warm", "-p", "value", "41"]
