@@ -12,6 +12,7 @@ from contextlib import closing
 from functools import partial
 from operator import neg
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import psutil
@@ -28,6 +29,14 @@ from llama_reports.jobs import plan
 from llama_reports.versions import model_digest
 
 pytestmark = pytest.mark.thorough
+
+
+@pytest.fixture(autouse=True)
+def environment_of_its_own():
+    """What a cluster sets for its workers, it leaves in the environment of who started it."""
+    with mock.patch.dict(os.environ):
+        yield
+
 
 KILL_THE_WORKER = """
 import psutil
