@@ -156,11 +156,11 @@ def test_two_units_that_need_each_other_and_two_that_stand_in_for_each_other():
 # --- the method --------------------------------------------------------------------------------
 
 
-def value_of_all(model, question):
+def value_of_all(model, question, replacement=None):
     """``{kept: value}`` of all subsets of a question's units."""
     units = len(question.units)
     with asking(model, [question]) as asked:
-        _, (values,) = coalition_values(asked, [torch.tensor(subsets(units))])
+        _, (values,) = coalition_values(asked, [torch.tensor(subsets(units))], replacement)
     return dict(zip(subsets(units), values[:, 0].double().tolist(), strict=True))
 
 
@@ -214,6 +214,10 @@ def test_pairs_are_those_of_the_definition(tiny, keep):
     scores, errors = interactions(tiny[0], question, keep)
     torch.testing.assert_close(scores, exact.float(), rtol=1e-4, atol=1e-4)
     assert errors.eq(0).all() and exact.abs().max() > 0.01
+    with_zeros = exact_pairs(value_of_all(tiny[0], question, "zero"), 6, keep).float()
+    scores = interactions(tiny[0], question, keep, replacement="zero")[0]
+    torch.testing.assert_close(scores, with_zeros, rtol=1e-4, atol=1e-4)
+    assert (with_zeros - exact).abs().max() > 0.01
     scores, errors = interactions(tiny[0], question, keep, rows=40)
     off = ((scores - exact) / errors)[~torch.eye(6, dtype=torch.bool)].abs()
     assert (off < 3).double().mean() > 0.9

@@ -128,6 +128,9 @@ def test_the_measures_are_those_of_their_papers():
         "sufficiency": ((8 - 6) + (8 - 7)) / 2,
     }
     assert {name: value.item() for name, value in found.items()} == pytest.approx(expected)
+    every = Curves(torch.arange(5), deletion[None], insertion[None], 9)
+    found = erasure_measures(every)  # two units of four are half of them, and count
+    assert found["comprehensiveness"].item() == ((8 - 5) + (8 - 4)) / 2
     alone = Curves(torch.tensor([0, 1]), deletion[None, :2], insertion[None, :2], 3)
     found = erasure_measures(alone)  # of one unit there is no half
     assert (found["comprehensiveness"].item(), found["sufficiency"].item()) == (3, 2)
@@ -354,6 +357,7 @@ def test_by_method_sorts_and_selects():
     found = by_method(table, "top1", replacement="mean")
     assert found.index.tolist() == ["better", "worse"]
     assert found.loc["better", "mean"] == 0.75 and found.loc["better", "prompts"] == 2
+    assert found[["low", "high"]].isna().all(axis=1).tolist() == [False, True]  # of a single pair
     assert by_method(table, "top1", family="a").loc["better", "mean"] == 1
 
 

@@ -73,6 +73,12 @@ def test_what_nothing_speaks_for_is_left_to_the_second_stage():
     assert two_stages(none, none, none, none)[0].tolist() == [0, 0, 0]
 
 
+def test_the_largest_score_of_the_second_stage_is_one():
+    found, gains = torch.tensor([1.0, 0, 0]), torch.tensor([3.0, 0.25, -0.125])
+    scores, errors = two_stages(found, found, gains, torch.full((3,), 0.5))
+    assert scores.tolist() == [2, 1, -0.5] and errors.tolist() == [0, 2, 2]
+
+
 @pytest.mark.parametrize("cut", [0, -1, 1.1, float("nan")])
 def test_a_cut_that_is_no_share_is_refused(tiny, cut):
     with pytest.raises(InputError, match="at most 1 of the largest sum"):

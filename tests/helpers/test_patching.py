@@ -248,6 +248,12 @@ def test_target_and_foil_in_two_texts_are_refused(tiny, texts):
     assert [len(module._forward_pre_hooks) for module in tiny[0].modules()] == hooks
 
 
+@pytest.mark.parametrize("positions", [[], [10], [-1, 2]])
+def test_positions_that_are_not_there_are_refused(tiny, positions):
+    with pytest.raises(InputError, match="Choose at least one position, from 0 to 9"):
+        patch_positions(tiny[0], *pair(tiny), positions=positions)
+
+
 def test_a_prompt_is_not_its_own_counterfactual(tiny):
     clean, _ = pair(tiny)
     with pytest.raises(InputError, match="the same"):
