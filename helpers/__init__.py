@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from helpers.questions import Question, ask
 
 BUNDLED = "SmolLM2-135M-Instruct"  # the model that needs no network
+PACKAGES = ("llama-notebooks", "torch", "transformers", "captum", "numpy")  # that decide a number
 
 __all__ = [
     "METHODS",

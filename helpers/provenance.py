@@ -5,10 +5,9 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
+from helpers import PACKAGES
 from helpers.models import public_name, weights_digest
 from helpers.questions import Question
-
-PACKAGES = ["llama-notebooks", "torch", "transformers", "captum", "numpy"]
 
 
 def provenance(

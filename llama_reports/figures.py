@@ -18,8 +18,8 @@ from typing import Any
 
 import papermill
 
+from helpers import PACKAGES
 from helpers.errors import InputError
-from helpers.provenance import PACKAGES
 from llama_reports.files import read_mapping, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,8 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import helpers
-from helpers.models import resolve_model, weights_digest
-from helpers.provenance import PACKAGES
+from helpers import PACKAGES
 
 SOURCES = Path(helpers.__file__).resolve().parent
 BESIDE_WEIGHTS = (".json", ".jinja", ".model", ".txt")
@@ -18,6 +17,8 @@ def model_digest(name: str | Path) -> str:
     That is the weights, and the small files beside them: the configuration, the tokenizer and the
     chat template. ``weights_digest`` is of the weights alone.
     """
+    from helpers.models import resolve_model, weights_digest  # and torch, which no code needs
+
     folder = resolve_model(name)
     small = {file.name for file in folder.iterdir() if file.suffix in BESIDE_WEIGHTS}
     # the manifest of the bundled model holds times, which differ from machine to machine

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -11,15 +10,15 @@ import time
 from contextlib import closing
 from functools import partial
 from operator import neg
-from pathlib import Path
 from unittest import mock
 
 import pandas as pd
 import psutil
 import pytest
 import yaml
-from distributed import Client, KilledWorker, get_worker
+from distributed import Client, KilledWorker
 from running import PATIENCE, process, scores, wait_for
+from tasks import addresses, environment, square, work
 
 from helpers.errors import InputError
 from llama_reports import all_prompts as module
@@ -45,18 +44,6 @@ if prompt == "A poisoned prompt":
 """
 
 
-def work(folder, task):
-    """What a task of the first tests does, by its number."""
-    mark = Path(folder) / f"ran-{task}"
-    times = len(mark.read_text()) if mark.exists() else 0
-    mark.write_text("x" * (times + 1))
-    if (task == 3 and times == 0) or task == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if task == 7:
-        raise ValueError("seven")
-    return task * task
-
-
 def test_every_task_comes_back_once_and_the_poisoned_one_alone_fails(tmp_path):
     tasks = range(12)
     done = list(run_on_cluster(partial(work, tmp_path), tasks, tmp_path, workers=2))
@@ -68,10 +55,6 @@ def test_every_task_comes_back_once_and_the_poisoned_one_alone_fails(tmp_path):
     times = {task: len((tmp_path / f"ran-{task}").read_text()) for task in tasks}
     assert times[3] >= 2 and 2 <= times[5] <= 8
     assert not list(tmp_path.glob(".probe-*"))
-
-
-def environment(name):
-    return os.environ.get(name)
 
 
 def test_a_worker_keeps_freed_memory_for_the_next_row(tmp_path):
@@ -101,12 +84,6 @@ def stranger(address, mark, key=""):
     """Another process of this machine that tries to run code on a cluster; what it says."""
     given = [sys.executable, "-c", STRANGER, address, str(mark), key]
     return subprocess.run(given, capture_output=True, text=True, timeout=PATIENCE).stdout
-
-
-def addresses(task):
-    """Where the scheduler, this worker and its nanny listen."""
-    worker = get_worker()
-    return [worker.scheduler.address, worker.address, worker.nanny]
 
 
 def test_nobody_without_the_key_runs_code_on_a_cluster_that_is_started_here(tmp_path):
@@ -189,10 +166,6 @@ def endless():
     for number in range(10**9):
         assert number < 200, "tasks are read long before a worker is free for them"
         yield number
-
-
-def square(task):
-    return task * task
 
 
 def test_tasks_are_read_as_workers_come_free(tmp_path):
