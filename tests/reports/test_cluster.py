@@ -284,7 +284,6 @@ def test_a_scheduler_that_is_not_there_is_told(tmp_path, address):
     code = f"""
 from helpers.errors import InputError
 from llama_reports.cluster import run_on_cluster
-from llama_reports.versions import model_digest
 
 try:
     next(run_on_cluster(abs, [1], {str(tmp_path)!r}, scheduler={address!r}, patience=1))

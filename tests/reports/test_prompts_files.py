@@ -351,7 +351,6 @@ import resource
 import sys
 from pathlib import Path
 from llama_reports.prompts import InputError, parse_entry, read_entries
-from llama_reports.versions import code_version, model_digest
 
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000, -1))
