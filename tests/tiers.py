@@ -57,7 +57,7 @@ TOY_FILES = (
 )
 # One of so many cases of a parametrised test is toy: diagonals through the product of parameters.
 # make mutants takes every case, and these files, too.
-EVERY = int(os.environ.get("TOY_EVERY", "6"))
+EVERY = int(os.environ.get("TOY_EVERY", "8"))
 TOY_FILES += ("architectures", "coalitions", "many", "questions") if EVERY == 1 else ()
 
 
