@@ -36,6 +36,7 @@ class ForkServer:
     """
 
     def __init__(self, model: str | None, dtype: str) -> None:
+        self.holds = (model, dtype)
         self.channel, theirs = Pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed by close()
         with theirs:
@@ -200,7 +201,6 @@ class Forking:
 
 _lock = threading.Lock()
 _server: ForkServer | None = None
-_holds: tuple[str | None, str] | None = None
 
 
 def server_for(model: str | None, dtype: str) -> ForkServer:
@@ -209,20 +209,20 @@ def server_for(model: str | None, dtype: str) -> ForkServer:
     There is at most one: a call for another model, or a death, ends the one before. It ends with
     the process that asked. Raises ``ConnectionError``, with the reason, if it does not start.
     """
-    global _server, _holds
+    global _server
     with _lock:
-        if _server is not None and not (_holds == (model, dtype) and _server.alive()):
+        if _server is not None and not (_server.holds == (model, dtype) and _server.alive()):
             close()
         if _server is None:
-            _server, _holds = ForkServer(model, dtype), (model, dtype)
+            _server = ForkServer(model, dtype)
             atexit.register(_server.close)
         return _server
 
 
 def close() -> None:
     """End the process that kernels are forked from; the next call of ``server_for`` starts one."""
-    global _server, _holds
+    global _server
     if _server is not None:
         atexit.unregister(_server.close)
         _server.close()
-        _server = _holds = None
+        _server = None

@@ -6,13 +6,12 @@ Each notebook still has a kernel of its own. Where kernels cannot be forked they
 import nbval.kernel
 from jupyter_client.manager import KernelManager
 
+from helpers import BUNDLED
 from llama_reports.kernels import CAN_FORK, Forking, server_for
 
 
 class WarmManager(Forking, KernelManager):
     def __init__(self, **kwargs):
-        from helpers.models import BUNDLED  # and torch, which is not needed where no notebook runs
-
         self.server, self.peaks = server_for(BUNDLED, "float32"), []
         super().__init__(**kwargs)
 
