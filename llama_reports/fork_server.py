@@ -1,13 +1,14 @@
-"""A process that has imported everything and loaded the model, and forks a kernel for every run.
+"""A process that has imported everything, and forks one that holds a model and forks kernels.
 
-Started by ``llama_reports.kernels``, which speaks with it over a pipe: one message asks for a
-kernel, one message answers with its process number. A kernel is a copy of this process as it was
-before any run, so nothing of one run is left for the next: no variable, seed, setting, imported or
-patched module, changed weight or leaked memory. Pages that a kernel does not write to, such as the
-weights, are shared.
+Started by ``llama_reports.kernels``, which speaks with both over one pipe: a message names a model,
+each later one asks for a kernel, until ``None`` makes place for another model; each but ``None`` is
+answered. A kernel is a copy of the process that holds its model as it was before any run, so
+nothing of one run is left for the next: no variable, seed, setting, imported or patched module,
+changed weight or leaked memory. Pages that a kernel does not write to, such as the weights, are
+shared. The imports, which take longer than a small model, are done once for all models.
 
-Two rules make forking safe. This process never runs an operation on several threads, since the
-thread pool of OpenMP does not survive a fork; and it never touches a GPU, since CUDA does not.
+Two rules make forking safe. These processes never run an operation on several threads, since the
+thread pool of OpenMP does not survive a fork; and they never touch a GPU, since CUDA does not.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import random
 import select
 import signal
 import sys
+import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -25,18 +27,53 @@ import torch
 START = 60  # seconds for a kernel to be ready, as Jupyter waits
 
 
-def serve(channel: Connection, model: str | None, dtype: str) -> None:
-    """Get ready, say so, and fork kernels until the other end of ``channel`` is closed."""
+def serve(channel: Connection) -> None:
+    """Get ready, say so, and hold one model after another until the other end is closed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    _get_ready(model, dtype)
+    _import_all()
     channel.send("ready")
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # dead kernels are reaped by the system
-    while True:
-        try:
-            request = channel.recv()
-        except EOFError:
-            return
+    while asked := _received(channel):
+        holder = os.fork()
+        if holder == 0:
+            _hold(channel, threads, *asked)
+        ended = os.waitstatus_to_exitcode(os.waitpid(holder, 0)[1])
+        if ended < 0:  # by a signal, which ends this process, too: the other end is to know of it
+            os.kill(os.getpid(), -ended)
+        if ended:
+            sys.exit(ended)
+
+
+def _received(channel):
+    """The next message, or ``None``, as where the other end is closed."""
+    try:
+        return channel.recv()
+    except EOFError:
+        return None
+
+
+def _hold(channel, threads, model, dtype):
+    """Turn this fork into one that loads a model, says so, and forks kernels."""
+    from helpers.errors import InputError
+    from helpers.models import hold_model
+
+    status = 1
+    try:
+        if model is not None:
+            with contextlib.suppress(InputError):  # the run that needs the model will say why
+                hold_model(model, dtype=dtype)
+        channel.send("ready")
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # dead kernels are reaped by the system
+        _fork_kernels(channel, threads)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _fork_kernels(channel, threads):
+    while request := _received(channel):
         listening, tell = os.pipe()
         kernel = os.fork()
         if kernel == 0:
@@ -50,11 +87,8 @@ def serve(channel: Connection, model: str | None, dtype: str) -> None:
         channel.send(kernel)
 
 
-def _get_ready(model, dtype):
-    """Import what notebooks import, and load the model.
-
-    A model that cannot be loaded is left to the run that needs it, which will say why.
-    """
+def _import_all():
+    """Import what notebooks import."""
     import captum.attr  # noqa: F401
     import IPython.core.completer  # noqa: F401
     import matplotlib_inline.backend_inline  # noqa: F401
@@ -70,12 +104,6 @@ def _get_ready(model, dtype):
         provenance,
         summary,
     )
-    from helpers.errors import InputError
-    from helpers.models import hold_model
-
-    if model is not None:
-        with contextlib.suppress(InputError):
-            hold_model(model, dtype=dtype)
 
 
 def _become_kernel(connection_file, cwd, environment, threads, tell):
@@ -108,5 +136,4 @@ def _become_kernel(connection_file, cwd, environment, threads, tell):
 
 
 if __name__ == "__main__":
-    descriptor, model, dtype = sys.argv[1:]
-    serve(Connection(int(descriptor)), model or None, dtype)
+    serve(Connection(int(sys.argv[1])))

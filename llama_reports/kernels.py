@@ -32,18 +32,19 @@ CAN_FORK = sys.platform == "linux"
 class ForkServer:
     """The process that forks kernels; see ``llama_reports.fork_server``.
 
-    It ends when ``close`` is called or this process ends, however that comes about.
+    It ends when ``close`` is called or this process ends, however that comes about. Raises
+    ``ConnectionError``, with the reason, where it has died.
     """
 
-    def __init__(self, model: str | None, dtype: str) -> None:
-        self.holds = (model, dtype)
+    def __init__(self) -> None:
+        self.holds: tuple[str | None, str] | None = None
         self.channel, theirs = Pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed by close()
         with theirs:
             # -P: a file in the current folder must not stand in for a module
             command = [sys.executable, "-P", "-m", "llama_reports.fork_server"]
             self.process = subprocess.Popen(
-                [*command, str(theirs.fileno()), model or "", dtype],
+                [*command, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 # as a kernel has it before matplotlib is imported; and no threads to lose in a fork
                 env=os.environ | {"MPLBACKEND": INLINE, "TOKENIZERS_PARALLELISM": "false"},
@@ -54,13 +55,19 @@ class ForkServer:
             )
         self._read()
 
+    def hold(self, model: str | None, dtype: str) -> None:
+        """Have the kernels to come find ``model`` loaded. Ends those that found another."""
+        if self.holds == (model, dtype):
+            return
+        if self.holds is not None:
+            self._send(None)
+        self._send((model, dtype))
+        self._read()
+        self.holds = model, dtype
+
     def fork(self, connection_file: str, cwd: str, environment: dict[str, str]) -> "Forked":
-        """A new kernel's process. Raises ``ConnectionError``, with the reason, if there is none."""
-        request = {"connection_file": connection_file, "cwd": cwd, "environment": environment}
-        try:
-            self.channel.send(request)
-        except OSError:
-            raise self._died() from None
+        """A new kernel's process."""
+        self._send({"connection_file": connection_file, "cwd": cwd, "environment": environment})
         return Forked(self._read())
 
     def alive(self) -> bool:
@@ -68,9 +75,16 @@ class ForkServer:
 
     def close(self) -> None:
         self.channel.close()
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # with what it forked, but for kernels
         self.process.wait()
         self._errors.close()
+
+    def _send(self, message):
+        try:
+            self.channel.send(message)
+        except OSError:
+            raise self._died() from None
 
     def _read(self):
         try:
@@ -206,16 +220,21 @@ _server: ForkServer | None = None
 def server_for(model: str | None, dtype: str) -> ForkServer:
     """The process that forks kernels which hold ``model``; started at the first call.
 
-    There is at most one: a call for another model, or a death, ends the one before. It ends with
-    the process that asked. Raises ``ConnectionError``, with the reason, if it does not start.
+    There is one at most, which holds one model. It ends with the process that asked. Raises
+    ``ConnectionError``, with the reason, if it does not start.
     """
     global _server
     with _lock:
-        if _server is not None and not (_server.holds == (model, dtype) and _server.alive()):
+        if _server is not None and not _server.alive():
             close()
         if _server is None:
-            _server = ForkServer(model, dtype)
+            _server = ForkServer()
             atexit.register(_server.close)
+        try:
+            _server.hold(model, dtype)
+        except BaseException:
+            close()  # an answer may be on its way that nobody waits for
+            raise
         return _server
 
 

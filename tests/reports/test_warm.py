@@ -158,13 +158,26 @@ def test_a_kernel_that_dies_takes_nothing_with_it(tmp_path, end):
 
 
 @pytest.mark.thorough
-def test_a_server_that_dies_is_replaced(tmp_path):
+@pytest.mark.parametrize("which", ["the one that imports", "the one that holds a model"])
+def test_a_server_that_dies_is_replaced(tmp_path, which):
     run(notebook(tmp_path, "1"))
     dead = server_for(None, "float32")
-    dead.process.kill()
+    first = psutil.Process(dead.process.pid)
+    (first if which == "the one that imports" else first.children()[0]).kill()
     dead.process.wait()
     assert run(notebook(tmp_path, "print('alive')")) == "alive\n"
     assert kernels._server is not dead  # asked for by name, a dead one would be replaced here
+
+
+def test_another_model_is_held_without_importing_again(tmp_path, tiny_folder):
+    cell = "from helpers import models; print(*models._HELD)"
+    path, server = notebook(tmp_path, cell), server_for(None, "float32")
+    assert run(path) == "\n"
+    path = notebook(tmp_path, cell, parameters=f"model_name = {str(tiny_folder)!r}")
+    assert run(path) == f"({str(tiny_folder)!r}, 'float32')\n"
+    assert run(notebook(tmp_path, cell)) == "\n"
+    assert server_for(None, "float32") is server and server.alive()
+    assert len(psutil.Process(server.process.pid).children()) == 1
 
 
 @pytest.mark.thorough
@@ -175,9 +188,9 @@ def test_a_server_that_fails_says_why(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     why = "the process that starts kernels has died: ImportError: captum was built for another"
     with pytest.raises(ConnectionError, match=why):
-        ForkServer(None, "float32")
+        ForkServer()
     monkeypatch.undo()
-    server = ForkServer(None, "float32")
+    server = ForkServer()
     server.process.kill()
     server.process.wait()
     for _ in range(2):
@@ -205,7 +218,7 @@ def test_no_kernel_and_no_server_outlives_a_killed_caller(tmp_path):
     caller = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     wait_for((tmp_path / "started").exists, caller)
     family = psutil.Process(caller.pid).children(recursive=True)
-    assert len(family) == 2  # the server and the kernel
+    assert len(family) == 3  # the server, the one that holds a model, and the kernel
     caller.send_signal(signal.SIGKILL)
     caller.wait()
     _, alive = psutil.wait_procs(family, timeout=PATIENCE / 2)  # the kernel sleeps longer
@@ -217,7 +230,8 @@ def test_a_file_in_the_current_folder_stands_in_for_no_module(tmp_path, monkeypa
     (tmp_path / "torch.py").write_text("raise SystemExit('taken')")
     (tmp_path / "json.py").write_text("raise SystemExit('taken')")
     monkeypatch.chdir(tmp_path)
-    server = ForkServer(None, "float32")
+    server = ForkServer()
+    server.hold(None, "float32")
     assert server.alive()
     server.close()
 
