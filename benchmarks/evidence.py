@@ -67,7 +67,8 @@ from helpers.ground_truth import (
     solved,
 )
 from helpers.machine import free_memory
-from helpers.models import BUNDLED, public_name, weights_digest
+from helpers.model_folders import public_name
+from helpers.models import BUNDLED, weights_digest
 from helpers.patching import causal_scores, patch_positions
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package

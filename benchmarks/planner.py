@@ -24,7 +24,8 @@ import torch
 
 from helpers import ask, attribute, load_model
 from helpers.attribution import BUDGET
-from helpers.models import BUNDLED, public_name
+from helpers.model_folders import public_name
+from helpers.models import BUNDLED
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
 from machine import memory_status
@@ -148,10 +149,10 @@ def main(lengths):
     names = {BUNDLED: BUNDLED}
     measure_all(BUNDLED, lengths)
     if second:
-        from helpers.models import _sha256
+        from helpers.model_folders import sha256_of
 
         measure_all(second, lengths)
-        names[public_name(second)] = f"{public_name(second)}, SHA-256 {_sha256(second)}"
+        names[public_name(second)] = f"{public_name(second)}, SHA-256 {sha256_of(second)}"
     text = [
         "What `llama-reports plan` says before anything is loaded, and what a process then takes: "
         "processor time of one thread after a first call, and the most memory from its start to "

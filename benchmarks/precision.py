@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from helpers import METHODS, InputError, attribute, load_model
 from helpers.faithfulness import rank_correlation
 from helpers.machine import SlowPrecision
-from helpers.models import BUNDLED, public_name, resolve_model
+from helpers.model_folders import public_name
+from helpers.models import BUNDLED, resolve_model
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package
 from prompt_sets import questions

@@ -28,7 +28,7 @@ from helpers import ask, attribute
 from helpers.ground_truth import FAMILIES, cases
 from helpers.models import BUNDLED
 from llama_reports import scores
-from llama_reports.jobs import Job
+from llama_reports.run import Job
 from llama_reports.scores import DEFAULT_METHODS, chunks, score_part
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package

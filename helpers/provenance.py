@@ -6,7 +6,8 @@ from importlib.metadata import version
 from typing import Any
 
 from helpers import PACKAGES
-from helpers.models import public_name, weights_digest
+from helpers.model_folders import public_name
+from helpers.models import weights_digest
 from helpers.questions import Question
 
 

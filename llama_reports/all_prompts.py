@@ -28,9 +28,9 @@ from llama_reports.estimate import (
 )
 from llama_reports.files import only_writer, read_mapping
 from llama_reports.gallery import write_index
-from llama_reports.jobs import finished, plan
+from llama_reports.jobs import plan
 from llama_reports.prompts import Row
-from llama_reports.run import keep_failure, report_source, run_report
+from llama_reports.run import finished, keep_failure, report_source, report_task
 from llama_reports.scores import chunks, discard_unfinished, finished_ids, part_name, score_part
 from llama_reports.terminal import say
 
@@ -160,7 +160,7 @@ def _report_all(jobs, out, cluster, threads, tried, done, timeout):
         names = ("slug", "identity")
         return [facts.get(name) for name in names] == [getattr(task[0], name) for name in names]
 
-    function = partial(_report, out=out.resolve(), model=jobs.model, threads=threads)
+    function = partial(report_task, out=out.resolve(), model=jobs.model, threads=threads)
     function = partial(function, timeout=timeout)
     with (
         suppress(KeyboardInterrupt),
@@ -190,16 +190,6 @@ def _longest_first(jobs):
     jobs = iter(jobs)
     while held := list(islice(jobs, AHEAD)):
         yield from sorted(held, key=lambda job: -job.tokens)
-
-
-def _report(task, out, model, threads, timeout):
-    """One report, in whatever process this is."""
-    job, source = task
-    if finished(job, out):  # by a worker whose word was lost, with a scheduler or with itself
-        return read_mapping(out / job.slug / "report.json")
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # a worker that others started has its own
-    os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)  # see OWN_CLUSTER in cluster.py
-    return run_report(job, out, model, source=source, timeout=timeout)
 
 
 def _score_all(jobs, out, cluster, threads, tried):

@@ -21,6 +21,7 @@ from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 
 from helpers.errors import InputError
+from helpers.model_folders import public_name
 from llama_reports.versions import code_version, model_digest
 
 PATIENCE = 120  # seconds to wait for a scheduler that went away, or for a first worker
@@ -193,8 +194,6 @@ def _unfit(version, model):
             "numpy, and its numbers could differ: install the same there."
         )
     if model and model_digest(model[0]) != model[1]:
-        from helpers.models import public_name  # and torch, which other tasks do not need
-
         name = public_name(model[0])
         return f"has another model under the name {name}: copy this one there."
     return None

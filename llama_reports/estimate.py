@@ -17,7 +17,7 @@ from helpers.attribution import METHODS, Price
 from helpers.attribution.engine import TOKENS_PER_BATCH
 from helpers.attribution.methods import erasure_price
 from helpers.errors import InputError
-from helpers.models import public_name
+from helpers.model_folders import public_name
 from helpers.summary import LONG, STRONGEST, reported
 from llama_reports.costs import (
     MARGIN,
@@ -37,7 +37,8 @@ from llama_reports.costs import (
     rates_in_words,
 )
 from llama_reports.files import read_mapping
-from llama_reports.jobs import DEFAULT_NOTEBOOK, Job, Plan, finished
+from llama_reports.jobs import DEFAULT_NOTEBOOK, Plan
+from llama_reports.run import Job, finished
 from llama_reports.scores import DEFAULT_METHODS, PART, WINDOW, seconds_of
 
 SHOWN = 10  # reports that are named

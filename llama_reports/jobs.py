@@ -5,10 +5,8 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import papermill
@@ -17,52 +15,19 @@ from slugify import slugify
 from helpers.attribution import METHODS
 from helpers.attribution.engine import texts_and_outputs
 from helpers.errors import InputError
-from helpers.models import BUNDLED, load_tokenizer, public_name, resolve_model
+from helpers.model_folders import public_name
+from helpers.models import BUNDLED, load_tokenizer, resolve_model
 from helpers.questions import ANSWER, read_question
 from helpers.summary import default_units
 from llama_reports import DEFAULT_NOTEBOOK
 from llama_reports.checked import CheckedFile, CheckedWriter, file_digest, kept_check
 from llama_reports.files import read_mapping
 from llama_reports.prompts import MOST_CARRIED, Complaints, Entry, Row, is_reserved, open_entries
+from llama_reports.run import ASKED, Job, asked, literal
 from llama_reports.versions import code_version, model_digest
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 DIGITS = (0, 6, 16, 32)  # of a question's digest in a folder's name
-# as a notebook and `ask` call them
-ASKED = ("target", "foil", "options", "units", "sources", "chat", "raw")
-
-
-@dataclass(frozen=True)
-class Job:
-    """An entry that has passed every check: what to run, and the folder it goes to.
-
-    ``prompt`` is the text that people read; messages are ``role: text``, a line each. ``question``
-    is the digest of what is asked: all that an entry says but its id. ``identity`` is that of what
-    answers the question too: all parameters, the notebook's cells, the model and the code; two
-    reports of the same identity say the same. ``model_digest`` is that of the model. All are
-    SHA-256 in hexadecimal. ``tokens`` is the length of what is read, ``units`` the number of its
-    scores, ``outputs`` that of the tokens explained, ``texts`` that of the texts read for them.
-    ``meta`` is what the entry carries to the results: no part of either, and of the same
-    names in all jobs of a plan.
-    """
-
-    slug: str
-    prompt: str
-    notebook: Path
-    parameters: dict
-    identity: str
-    question: str
-    tokens: int
-    units: int = 0
-    outputs: int = 1
-    texts: int = 1
-    model_digest: str = ""
-    meta: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def asked(self) -> dict[str, Any]:
-        """The question as the keywords of ``helpers.ask``."""
-        return asked(self.parameters)
 
 
 class Plan:
@@ -240,12 +205,6 @@ class Plan:
 plan = Plan  # as what makes one is called
 
 
-def finished(job: Job, out: str | Path) -> bool:
-    """True if ``out`` holds the report of this very job: the same identity, and no error."""
-    facts = read_mapping(Path(out, job.slug, "report.json"))
-    return bool(facts) and facts.get("identity") == job.identity and facts.get("error") is None
-
-
 def find_notebook(name: str) -> Path:
     """The path of a notebook of this collection; all that a prompts file may name.
 
@@ -317,11 +276,6 @@ def _cells(path):
         raise InputError(f"{path} is not a notebook that Jupyter can read.") from error
 
 
-def literal(path: str | Path) -> str:
-    """A path as papermill takes it: it fills ``{name}`` in paths, so braces are doubled."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
 # --- one entry ---------------------------------------------------------------------------------
 
 
@@ -337,13 +291,6 @@ def _parameters(entry, notebook, takes, methods):
             wrong = f"The notebook {notebook.stem} has no parameter {name!r}: drop it."
             raise InputError(wrong, field=name.removesuffix("_text"))
     return given
-
-
-def asked(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a notebook that are its question, as the keywords of ``helpers.ask``."""
-    given = {name: parameters[name] for name in ASKED if name in parameters}
-    answer = parameters.get("answer_text", parameters.get("answer"))
-    return {"prompt": parameters.get("messages") or parameters["prompt"], "answer": answer, **given}
 
 
 def _carry(carried, entry):

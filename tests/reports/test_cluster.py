@@ -40,7 +40,7 @@ def environment_of_its_own():
 KILL_THE_WORKER = """
 import psutil
 if prompt == "A poisoned prompt":
-    psutil.Process().parent().parent().kill()  # of the fork server that this kernel came from
+    psutil.Process().parents()[2].kill()  # above what holds the model, and what imported
 """
 
 
@@ -145,13 +145,13 @@ def test_what_a_worker_sends_back_for_another_prompt_is_not_taken(
     prompts, out = prompts_file(tmp_path), tmp_path / "out"
     jobs = plan(prompts, model=str(tiny_folder), notebook=str(quick_notebook()), out=out)
     before = next(iter(jobs))
-    real = module._report
+    real = module.report_task
 
     def of_the_first(task, *given, **options):
         facts = real(task, *given, **options)
         return facts if task[0] == before else facts | {"slug": before.slug}
 
-    monkeypatch.setattr(module, "_report", of_the_first)
+    monkeypatch.setattr(module, "report_task", of_the_first)
     line = [prompts, "--model", tiny_folder, "--notebook", jobs._notebook, "--out", out]
     done = command(*line)
     assert done.exit_code == 1 and "1 of 5 reports done, 4 failed." in done.output

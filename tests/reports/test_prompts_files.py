@@ -28,9 +28,9 @@ from helpers.attribution import METHODS
 from helpers.models import tiny_llama
 from llama_reports import jobs as jobs_module
 from llama_reports.checked import KEPT
-from llama_reports.jobs import find_notebook, finished, notebook_digest, plan
+from llama_reports.jobs import find_notebook, notebook_digest, plan
 from llama_reports.prompts import LONGEST_LINE, Entry, open_entries, read_entries
-from llama_reports.run import run_report
+from llama_reports.run import finished, run_report
 from llama_reports.versions import code_version, model_digest
 
 TEXTS = ("prompt", "id", "target", "foil", "answer", "units", "evidence", "notebook")

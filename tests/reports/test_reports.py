@@ -410,6 +410,14 @@ def test_without_the_extra_the_command_says_what_to_install():
     assert "pip install 'llama-notebooks[reports]'" in done.stderr
 
 
+def test_a_worker_imports_no_torch_for_reports():
+    heavy = "{'torch', 'transformers', 'pandas', 'matplotlib'}"
+    code = "import sys; from llama_reports import cluster, run; run.report_task; "
+    code += f"print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
 def test_out_that_cannot_be_written_is_one_message(command, tmp_path):
     good = prompts_file(tmp_path, "- Hello")
     done = command(good, "--out", good / "below-a-file")

@@ -25,7 +25,8 @@ from helpers.ground_truth import FAMILIES, cases
 from helpers.models import BUNDLED
 from helpers.summary import REPORTED
 from llama_reports import scores as module
-from llama_reports.jobs import Job, plan
+from llama_reports.jobs import plan
+from llama_reports.run import Job
 from llama_reports.scores import (
     DEFAULT_METHODS,
     EVIDENCE,

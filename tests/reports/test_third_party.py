@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from helpers import METHODS
-from llama_reports.jobs import finished, plan
+from llama_reports.jobs import plan
+from llama_reports.run import finished
 
 pytestmark = pytest.mark.thorough
 
