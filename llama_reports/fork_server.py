@@ -12,6 +12,7 @@ thread pool of OpenMP does not survive a fork; and they never touch a GPU, since
 """
 
 import contextlib
+import gc
 import os
 import random
 import select
@@ -31,6 +32,7 @@ def serve(channel: Connection) -> None:
     """Get ready, say so, and hold one model after another until the other end is closed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.disable()  # it looks through all that is imported again and again: a fifth of their time
     _import_all()
     channel.send("ready")
     while asked := _received(channel):
@@ -62,6 +64,7 @@ def _hold(channel, threads, model, dtype):
         if model is not None:
             with contextlib.suppress(InputError):  # the run that needs the model will say why
                 hold_model(model, dtype=dtype)
+        gc.freeze()
         channel.send("ready")
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # dead kernels are reaped by the system
         _fork_kernels(channel, threads)
@@ -123,6 +126,7 @@ def _become_kernel(connection_file, cwd, environment, threads, tell):
         os.environ.clear()
         os.environ.update(environment, JPY_PARENT_PID=str(os.getppid()))
         torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or threads))
+        gc.enable()
         for draw_seed in (random.seed, np.random.seed, torch.seed):  # as in a new process
             draw_seed()
         sys.argv = ["ipykernel_launcher", "-f", connection_file]
