@@ -141,7 +141,7 @@ def _coalition_options(units: int, tokens: int, budget: int) -> dict | None:
 def _coalition_price(units: int, tokens: int, options: dict) -> Price:
     rows = min(2**units - 1, options.get("rows") or coalition_rows(units))
     if options.get("keep") in (0, 1):
-        rows = units
+        rows = units + (options["keep"] == 0)  # which begins with nothing kept
     return Price(forwards=rows + 1, share=0.9)
 
 

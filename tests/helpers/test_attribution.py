@@ -545,6 +545,33 @@ def test_the_price_is_what_was_run(tiny, method, units, prompt):
         assert (price.gradients, price.forwards) == (gradients, forwards)
 
 
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        ("relevance", {"baseline": "zero"}),
+        ("coalitions", {"rows": 81}),
+        ("coalitions", {"keep": 0}),
+        ("coalitions", {"keep": 1}),
+        ("find_then_rank", {"rows": 60}),
+        ("shapley", {"permutations": 4}),
+        ("attention_rollout", {}),
+    ],
+)
+def test_options_that_are_chosen_have_their_price(tiny, method, options):
+    """Rows, and what part of each is run: the tokens that the first layer reads."""
+    question = ask(*tiny, "ab" * 20, target="a", foil="b")
+    tokens, read = question.input_ids.shape[1], []
+    count = lambda layer, args: read.append(args[0].shape[:2].numel())  # noqa: E731
+    handle = tiny[0].model.layers[0].register_forward_pre_hook(count)
+    run = rows_run(tiny[0], lambda: attribute(tiny[0], question, method, **options))
+    handle.remove()
+    price = METHODS[method].price(tokens, tokens, options)
+    assert run[1:] == (price.gradients, price.forwards)
+    share = (sum(read) / tokens - price.gradients) / max(1, price.forwards)
+    if options.get("keep") is None:  # where one unit goes or stays, much more or less is shared
+        assert share == pytest.approx(price.share if price.forwards else 0, abs=0.12)
+
+
 @pytest.mark.parametrize("budget, rows", [(BUDGET, 200), (2000, 80), (900, 40)])
 def test_a_budget_sets_the_number_of_orders_of_shapley_values(tiny, budget, rows):
     question = a_question(tiny, foil="b")  # ten tokens
