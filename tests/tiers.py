@@ -19,6 +19,7 @@ LONGEST_FIRST = (
     "tests/reports/",
     "tests/test_benchmarks.py",
     "tests/notebooks/",
+    *(f"tests/helpers/test_{name}" for name in ("models", "engine", "ground_truth", "summary")),
 )
 
 
