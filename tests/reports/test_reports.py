@@ -342,6 +342,7 @@ def test_the_default_notebook_answers_what_an_entry_asks(tmp_path, tiny_folder, 
         assert sums.to_numpy() == pytest.approx(own.to_numpy(), abs=1e-4)
 
 
+@pytest.mark.thorough
 def test_a_report_on_options_has_the_probability_of_each(tmp_path, bundled):
     cities = [" Tallinn", " Riga", " Vilnius", " Minsk"]
     entry = {"id": "one", "prompt": "The capital city of Latvia is", "options": cities}

@@ -116,6 +116,7 @@ def test_a_kernel_that_dies_before_it_is_ready_is_tried_again(
         assert len((tmp_path / "starts").read_text()) == 5
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("port", ["shell_port", "iopub_port", "control_port"])
 def test_a_port_that_another_program_took_is_another_port_the_next_time(
     tmp_path, quick_notebook, tiny_folder, monkeypatch, port

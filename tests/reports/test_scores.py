@@ -180,6 +180,7 @@ def test_the_same_prompt_and_budget_give_the_same_numbers_alone_and_in_a_part(
     assert evidence.loc[("shapley", jobs[0].identity), "forwards"] <= orders * 39 + 3 < 2**40
 
 
+@pytest.mark.thorough  # reports of its own, beside those that test_reports makes
 def test_a_report_has_the_same_numbers(reports, tiny_folder, hostile, tmp_path):
     """A report's own table against that of a part: methods, scores, and rows that were run."""
     out, _ = reports
