@@ -1,8 +1,12 @@
-"""Fixtures that several test modules share."""
+"""Fixtures that several test modules share.
+
+They import torch when they are used: of several processes of pytest one runs no test.
+"""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -10,15 +14,16 @@ import yaml
 from running import write_notebook
 from typer.testing import CliRunner
 
-from helpers import METHODS, load_model, tiny_llama
+import helpers
 from llama_reports.command import app
-from llama_reports.jobs import find_notebook
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 
 @pytest.fixture(scope="session")
 def bundled():
     """``(model, tokenizer)`` of the bundled model: for meaning. Leave it as you found it."""
-    return load_model()
+    return helpers.load_model()
 
 
 @pytest.fixture(scope="session")
@@ -27,8 +32,8 @@ def tiny():
 
     Some methods try a model the first time they see it, which no test is to count as its own rows.
     """
-    model, tokenizer = tiny_llama()
-    for method in METHODS.values():
+    model, tokenizer = helpers.tiny_llama()
+    for method in helpers.METHODS.values():
         assert method.refusal(model) is None
     return model, tokenizer
 
@@ -45,7 +50,7 @@ def tiny_folder(tiny, tmp_path_factory):
 @pytest.fixture(scope="session")
 def long_word():
     """``(model, tokenizer, word)``: a toy with one token more, of 100,000 characters."""
-    (model, tokenizer), word = tiny_llama(), "x" * 100_000
+    (model, tokenizer), word = helpers.tiny_llama(), "x" * 100_000
     tokenizer.add_tokens(word)
     model.resize_token_embeddings(len(tokenizer))
     return model, tokenizer, word
@@ -130,7 +135,7 @@ def quick_notebook(tmp_path_factory):
 def reports(tiny_folder, hostile, tmp_path_factory):
     """``(folder, finished process)``: a real run of three prompts, of which one fails."""
     work = tmp_path_factory.mktemp("reports")
-    notebook = nbformat.read(find_notebook("report"), as_version=4)
+    notebook = nbformat.read(NOTEBOOKS / "report.ipynb", as_version=4)
     parameters = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
     place = notebook.cells.index(parameters)
     fails = nbformat.v4.new_code_cell("if prompt == 'This fails': 1 / 0")
