@@ -6,6 +6,7 @@ one of them, since its tests share what they set up; what takes longest comes fi
 end none works alone.
 """
 
+import gc
 import os
 
 import pytest
@@ -66,6 +67,17 @@ def pytest_ignore_collect(collection_path, config):
     """With ``-m toy`` no file is imported that has no such test."""
     asked = config.option.markexpr == "toy" and collection_path.is_file()
     return (asked and collection_path.stem.removeprefix("test_") not in TOY_FILES) or None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Collect tests, not garbage: what is imported stays, and is looked through never again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses, and before an order by chance
