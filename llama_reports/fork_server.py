@@ -98,7 +98,7 @@ def _import_all():
     import pandas  # noqa: F401
     from ipykernel import debugger, kernelapp  # noqa: F401
 
-    from helpers import (  # noqa: F401  # noqa: F401
+    from helpers import (  # noqa: F401
         attribution,
         faithfulness,
         ground_truth,
