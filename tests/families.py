@@ -21,7 +21,7 @@ OTHERS = {
     "Gemma2": {"head_dim": 8, "sliding_window": 64},
     "Gemma3": {"head_dim": 8},
     "Olmo": {},
-    "Olmo2": {"attention_bias": True},  # which goes through a norm after attention
+    "Olmo2": {},
     "Cohere": {},
     "Llama4": {
         "num_local_experts": 2,

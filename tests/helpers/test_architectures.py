@@ -251,12 +251,17 @@ def test_a_family_that_rules_do_not_fit_is_refused_in_a_sentence(tiny, name):
     assert attribute(model, question, "occlusion").scores.isfinite().all()
 
 
+MORE_TO_ADD_UP = {
+    "Granite": {"residual_multiplier": 0.3, "logits_scaling": 2},
+    "Olmo2": {"attention_bias": True},  # which goes through a norm after attention
+}
+
+
 @pytest.mark.parametrize("name", [*WITH_RULES, "GptOss"])
 def test_alti_adds_up_to_the_objective(tiny, name):
     """Where layers scale, norm or bias what they add, or attention and feed-forward read alike."""
     more = REFUSED[name][0] if name in REFUSED else WITH_RULES[name]
-    more = more | ({"residual_multiplier": 0.3, "logits_scaling": 2} if name == "Granite" else {})
-    model = of_family(name, more, tiny[1])
+    model = of_family(name, more | MORE_TO_ADD_UP.get(name, {}), tiny[1])
     for options in ({"foil": "b"}, {"target": "ab", "foil": "cd"}, {}):
         question = ask(model, tiny[1], PROMPT, **options)
         result = attribute(model, question, "alti_logit")
