@@ -562,9 +562,8 @@ def test_options_that_are_chosen_have_their_price(tiny, method, options):
     question = ask(*tiny, "ab" * 20, target="a", foil="b")
     tokens, read = question.input_ids.shape[1], []
     count = lambda layer, args: read.append(args[0].shape[:2].numel())  # noqa: E731
-    handle = tiny[0].model.layers[0].register_forward_pre_hook(count)
-    run = rows_run(tiny[0], lambda: attribute(tiny[0], question, method, **options))
-    handle.remove()
+    with tiny[0].model.layers[0].register_forward_pre_hook(count):
+        run = rows_run(tiny[0], lambda: attribute(tiny[0], question, method, **options))
     price = METHODS[method].price(tokens, tokens, options)
     assert run[1:] == (price.gradients, price.forwards)
     share = (sum(read) / tokens - price.gradients) / max(1, price.forwards)
