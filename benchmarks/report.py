@@ -1,7 +1,6 @@
 """Keep each benchmark's table in results.md, beside the machine that made it."""
 
 import csv
-import hashlib
 import math
 import platform
 import re
@@ -13,6 +12,7 @@ import torch
 import typer
 
 from helpers.errors import InputError
+from helpers.model_folders import sha256_of
 from helpers.models import weights_digest
 
 RESULTS = Path(__file__).with_name("results.md")
@@ -58,10 +58,7 @@ def with_interval(row, prefix=""):
 
 def digest_of(name):
     """What tells the weights of a model: of a .gguf its own SHA-256, else that of safetensors."""
-    if not str(name).endswith(".gguf"):
-        return weights_digest(name)
-    with Path(name).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(name) if str(name).endswith(".gguf") else weights_digest(name)
 
 
 def _machine():
