@@ -26,20 +26,19 @@ class SlowPrecision(UserWarning):
     """A precision takes longer than float32 on this machine."""
 
 
-def slow_precision(
-    dtype: torch.dtype, width: int, device: Any = "cpu", threads: int | None = None
-) -> str | None:
+def slow_precision(dtype: torch.dtype, width: int, device: Any = "cpu") -> str | None:
     """A sentence that says how much slower ``dtype`` is than float32, or ``None`` if it is not.
 
     Half precision is fast where a processor has instructions for it, and emulated where it has
-    none. So a matrix product of a model's ``width`` is timed in both, on ``device`` and as many
-    ``threads``, by default torch's: about 0.1 s, and once in a process. A narrow one is timed as
-    one of 512, since it would be the call that is timed.
+    none. So a matrix product of a model's ``width`` is timed in both on ``device``: about 0.1 s,
+    and once in a process. A narrow one is timed as one of 512, since it would be the call that is
+    timed. On a CPU one thread is timed: several wait for each other where a core has other work,
+    longest for the faster product, and what is slow would not be noticed.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return None
     width = min(max(width, 512), 1024)
-    ratio = _times_float32(dtype, width, str(device), threads or torch.get_num_threads())
+    ratio = _times_float32(dtype, width, str(device))
     if ratio < SLOWER:
         return None
     return (
@@ -70,13 +69,13 @@ _warned: dict = {}  # what has been said in this process
 
 
 @lru_cache
-def _times_float32(dtype, width, device, threads):
+def _times_float32(dtype, width, device):
     """The time of a product in ``dtype`` over that in float32."""
 
     def seconds(kind):
         rows, weight = (torch.ones(n, width, dtype=kind, device=device) for n in (ROWS, width))
         names = {"rows": rows, "weight": weight, "linear": torch.nn.functional.linear}
-        timer = Timer("linear(rows, weight)", globals=names, num_threads=threads)
+        timer = Timer("linear(rows, weight)", globals=names, num_threads=1)
         with torch.inference_mode():
             return timer.blocked_autorange(min_run_time=LEAST).median
 

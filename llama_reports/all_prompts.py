@@ -72,7 +72,7 @@ def run_all(
         workers, threads = divided(jobs, _cores(), threads, **given)
     threads = threads or 1
     planned = partial(estimate, jobs, out, workers=workers or 1, threads=threads, **given)
-    if scheduler is None and (slow := slow_dtype(model, dtype, threads)):
+    if scheduler is None and (slow := slow_dtype(model, dtype)):
         say(f"Note: {slow}", err=True)
         warnings.simplefilter("ignore", SlowPrecision)  # load_model would say it again
     cores = _cores() if scheduler is None else 0

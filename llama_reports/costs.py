@@ -401,11 +401,11 @@ def _dtype(config, dtype):
     return found or torch.float32
 
 
-def slow_dtype(model: str | Path, dtype: str, threads: int = 1) -> str | None:
+def slow_dtype(model: str | Path, dtype: str) -> str | None:
     """A sentence where ``dtype`` is slower than float32 on this machine, for this model's width."""
     config = _config(model)
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    return slow_precision(_dtype(config, dtype), config.hidden_size, device, threads)
+    return slow_precision(_dtype(config, dtype), config.hidden_size, device)
 
 
 def measure(

@@ -270,6 +270,22 @@ def test_a_machine_that_is_slow_at_bfloat16_is_told_once_and_on_stderr():
     assert SLOWER <= times < 100
 
 
+@pytest.mark.thorough
+@pytest.mark.skipif(sys.platform != "linux", reason="slows an x86 processor of Linux down")
+def test_other_work_on_the_cores_hides_no_slow_precision():
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        code = "import torch; from helpers.machine import slow_precision as slow; "
+        code += "print(slow(torch.bfloat16, 576), torch.get_num_threads())"
+        found = [python(code, **SLOWED, OMP_NUM_THREADS="2").stdout for _ in range(3)]
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert all(one.startswith("bfloat16 takes about") for one in found), found
+    assert all(one.endswith(" 2\n") for one in found), "torch's threads are not as they were"
+
+
 CPU = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
 
 
