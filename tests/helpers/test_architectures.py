@@ -254,6 +254,7 @@ def test_a_family_that_rules_do_not_fit_is_refused_in_a_sentence(tiny, name):
 MORE_TO_ADD_UP = {
     "Granite": {"residual_multiplier": 0.3, "logits_scaling": 2},
     "Olmo2": {"attention_bias": True},  # which goes through a norm after attention
+    "Mistral": {"sliding_window": 5},  # of ten tokens
 }
 
 

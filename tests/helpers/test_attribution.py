@@ -1,5 +1,6 @@
 """Attributions against answers known some other way: by hand, by Captum, by finite differences."""
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -657,6 +658,19 @@ def test_a_longer_foil_takes_no_gradients_from_a_report(tiny):
         for foil in (None, "d e f")
     ]
     assert spent[1] > FIRST_EVALUATIONS and abs(spent[0] - spent[1]) <= 2
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("units, tokens", [(1, 1), (2, 3), (10, 10), (10, 300)])
+def test_an_option_that_is_left_out_is_priced_as_its_default(name, units, tokens):
+    parameters = inspect.signature(METHODS[name].run).parameters.values()
+    defaults = {
+        each.name: each.default
+        for each in parameters
+        if each.default is not each.empty and each.default is not None
+    }
+    price = METHODS[name].price
+    assert price(units, tokens, {}) == price(units, tokens, defaults)
 
 
 def test_what_others_take_gives_integrated_gradients_their_part(monkeypatch):

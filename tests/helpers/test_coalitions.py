@@ -10,7 +10,7 @@ from linear_model import LinearCausalModel
 
 from helpers import InputError, ask, attribute
 from helpers.attribution import asking, average_gains, interactions
-from helpers.attribution.perturbation import coalition_values
+from helpers.attribution.perturbation import coalition_values, draw_coalitions
 
 PROMPT = "Riga is in"  # ten tokens of the toy's byte tokenizer
 KEEPS = [None, 0.0, 0.3, 0.5, 0.9, 1.0]
@@ -254,6 +254,27 @@ def test_what_is_no_probability_is_refused(tiny, keep):
     ):
         with pytest.raises(InputError, match=f"a probability from 0 to 1, not {keep}"):
             run()
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_what_is_drawn_is_what_the_definition_needs(keep):
+    rows = [tuple(row) for row in draw_coalitions(8, keep, 61).tolist()]
+    assert len(set(rows)) == 61 and (True,) * 8 not in rows
+    first = [(False,) * 8]
+    if keep is None:
+        first += [tuple(other != unit for other in range(8)) for unit in range(8)]
+        first += [tuple(other == unit for other in range(8)) for unit in range(8)]
+    assert rows[: len(first)] == first
+    drawn = rows[len(first) :]
+    without = [some for some in drawn if tuple(not held for held in some) not in rows]
+    # where a coalition counts as much as what it leaves out, that is there: but for a last one
+    assert (len(without) <= 1) == (keep in (None, 0.5))
+    of_one = [some for some in drawn if sum(some) in (1, 7)]
+    assert len(of_one) < 16, "they are drawn, and not all of them"
+    if keep in (0.3, 0.9):  # 0 and 1 have one coalition each
+        shares = [sum(some) / 8 for some in drawn]
+        others = sum(abs(share - keep) > 0.45 for share in shares)
+        assert sum(abs(share - keep) < 0.3 for share in shares) > others
 
 
 @pytest.mark.parametrize("rows", [0, 20])

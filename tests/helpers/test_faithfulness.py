@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import by_hand
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from linear_model import LinearCausalModel
 
 from helpers import InputError, ask, attribute, tiny_llama
+from helpers.attribution.methods import erasure_price, erasure_size
 from helpers.faithfulness import (
     Curves,
     against_random,
@@ -195,6 +197,35 @@ def test_half_of_the_random_orders_are_the_others_from_behind(tiny):
     assert table["beats_random"].item() == pytest.approx(share.item())
     alone = erasure_curves(tiny[0], question, drawn)
     assert curves.forwards == alone.forwards  # the same variants
+
+
+def test_an_order_does_not_beat_itself(tiny):
+    question, drawn = ask(*tiny, PROMPT), random_orders(10, 4, 7)
+    result = attribute(tiny[0], question, "random")
+    for order in drawn:
+        own = replace(result, scores=-order.argsort().float())
+        assert torch.equal(importance_order(own), order)
+        table = against_random(tiny[0], question, {"own": own}, count=8, seed=7)
+        curves = erasure_curves(tiny[0], question, torch.cat([drawn, drawn.flip(1)]))
+        chance = erasure_measures(curves)["faithfulness"]
+        value = table.loc["own", "faithfulness"]
+        less = sum(value - other > 1e-3 for other in chance.tolist())
+        assert table.loc["own", "beats_random"] == less / 8 < 1
+
+
+SIZES = [(30, 30, 3), (12, 12, 2), (40, 100, 5), (3, 9, 4)]
+
+
+@pytest.mark.parametrize("units, tokens, orders", SIZES)
+def test_the_price_of_erasing_is_the_rows_that_run(tiny, units, tokens, orders):
+    """Of ``tokens`` the price alone hangs on: the rows here are of the toy, one token a unit."""
+    question = ask(*tiny, "".join(chr(97 + place % 26) for place in range(units)))
+    count, steps = erasure_size(units, tokens)
+    drawn = random_orders(units, count // 2, 0)
+    orders_of_methods = random_orders(units, orders, 1)
+    every = torch.cat([orders_of_methods, drawn, drawn.flip(1)])
+    rows = erasure_curves(tiny[0], question, every, steps=steps).forwards
+    assert erasure_price(units, tokens, orders).forwards == pytest.approx(rows, rel=0.15, abs=1.1)
 
 
 @pytest.mark.parametrize("order", [[[0, 1]], [[0] * 10], [list(range(1, 11))]])

@@ -93,6 +93,15 @@ def test_outs_share_their_points_and_each_closes():
     assert not refine(run, 1e-9, 40)["closed"]
 
 
+def test_a_step_is_not_halved_for_ever_and_the_path_does_not_close():
+    def run(alphas):
+        return (alphas > 0.37).double()[:, None], torch.zeros(len(alphas), 1, 1).double()
+
+    done = refine(run, 1e-3, 100_000)
+    assert not done["closed"] and done["evaluations"] < 1000
+    assert done["moved"].item() == 1 and done["scores"].item() == 0
+
+
 # --- right where the answer is known -----------------------------------------------------------
 
 
