@@ -128,14 +128,6 @@ class Question:
         """Whether it has options, and which are target and foil is for the model to say."""
         return self.target is None and bool(self.options)
 
-    @property
-    def most_outputs(self) -> int:
-        """How many tokens are explained, of options at most."""
-        lengths = [len(self.target or (0,)), len(self.foil or (0,))]
-        if self.undecided:
-            lengths = sorted(len(option.ids) for option in self.options)[-2:]
-        return sum(lengths) - 1
-
     def places(self, words: str) -> list[list[int]]:
         """Positions of each occurrence of whole ``words`` in what was written; see there."""
         return word_places(self.read, words) if self.read else []

@@ -17,7 +17,7 @@ from helpers.attribution.engine import texts_and_outputs
 from helpers.errors import InputError
 from helpers.model_folders import public_name
 from helpers.models import BUNDLED, load_tokenizer, resolve_model
-from helpers.questions import ANSWER, read_question
+from helpers.questions import ANSWER, read_question, with_likeliest
 from helpers.summary import default_units
 from llama_reports import DEFAULT_NOTEBOOK
 from llama_reports.checked import CheckedFile, CheckedWriter, file_digest, kept_check
@@ -44,10 +44,10 @@ class Plan:
     same file, model, code and choices reads that. Iterating reads it again and makes one ``Job`` at
     a time, so what is held of a prompt is a few numbers, one array [jobs] of each: ``tokens`` are
     the lengths of what is read, ``units`` the scores of a method, ``outputs`` the tokens explained
-    (at most, where the model is to answer), ``texts`` those that are read for them, and ``kinds``
-    says which of ``asked``, a list of ``(notebook, methods)``, each job is; no methods are the
-    notebook's own choice. ``replaced`` counts reports in ``out`` whose id now stands for another
-    question. ``carried`` are the names of all that its entries carry, a tuple.
+    (at most, where the model is to answer or to choose), ``texts`` those that are read for them,
+    and ``kinds`` says which of ``asked``, a list of ``(notebook, methods)``, each job is; no
+    methods are the notebook's own choice. ``replaced`` counts reports in ``out`` whose id now
+    stands for another question. ``carried`` are the names of all that its entries carry, a tuple.
 
     Raises one ``InputError`` that names the place of each entry that cannot run, the first 20 of
     them in full; and one if the name of a job stands in ``out`` for a report of another model,
@@ -145,10 +145,9 @@ class Plan:
                 continue
             seen[short] = row.at
             more = max(1, parameters.get("answer", 1)) - 1  # tokens that the model is yet to write
-            outputs = read.most_outputs + more
             kind = kinds.setdefault((source, frozenset(parameters.get("methods", ()))), len(kinds))
-            texts = len(texts_and_outputs(read)[0])
-            sizes = read.input_ids.shape[1], len(read.units) + more, outputs, texts, kind
+            texts, outputs = map(len, texts_and_outputs(_of_the_longest(read)))
+            sizes = read.input_ids.shape[1], len(read.units) + more, outputs + more, texts, kind
             writer.add(row, entry, sizes)
         bad.refuse(count)
         if file_digest(self.path) != known[0]:
@@ -312,6 +311,13 @@ def _limits(model):
 
 
 # --- digests and names -------------------------------------------------------------------------
+
+
+def _of_the_longest(question):
+    """``question`` about its longest options, while the model is yet to choose between these."""
+    if not question.undecided:
+        return question
+    return with_likeliest(question, [len(option.ids) for option in question.options])
 
 
 def _digest_of(values):

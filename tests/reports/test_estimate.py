@@ -287,6 +287,19 @@ def test_more_and_longer_prompts_take_more(planned):
     assert of("abc", workers=8) == one  # one prompt keeps one worker busy
 
 
+def test_options_take_what_the_two_longest_of_them_take(planned):
+    """Methods explain two, however many there are; ``texts`` and ``outputs`` are of these."""
+    longest = {"prompt": "keys", "target": " bcdefg", "foil": " hijk"}
+    options = [" l", " mn", " hijk", " bcdefg", " op", " qrs"]
+    pair, undecided = planned(longest), planned({"prompt": "keys", "options": options})
+    alike = planned({"prompt": "keys", "options": [" ab", " ac", " d"], "target": " d"})
+    assert (pair.texts.tolist(), pair.outputs.tolist()) == ([2], [9])
+    for plan_, (texts, outputs) in [(undecided, (2, 9)), (alike, (1, 2))]:
+        assert (plan_.texts.tolist(), plan_.outputs.tolist()) == ([texts], [outputs])
+    same, other = (estimate(some, machine=MACHINE) for some in (pair, undecided))
+    assert (other.seconds, other.memory) == (same.seconds, same.memory)
+
+
 def test_a_machine_of_half_the_speed_takes_twice_the_time_of_the_model(shape):
     rates = (MACHINE.flops, MACHINE.bandwidth, 1 / MACHINE.overhead, MACHINE.near, MACHINE.far)
     flops, bandwidth, layers, near, far = (rate / 2 for rate in rates)
