@@ -272,6 +272,21 @@ def test_alti_adds_up_to_the_objective(tiny, name):
             assert result.scores.sum().item() == pytest.approx(value, rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.parametrize("name, beside", [("Cohere", True), ("Llama", False)])
+def test_a_feed_forward_beside_attention_brings_nothing_of_other_positions(tiny, name, beside):
+    """It reads what attention read, so other scores move by the last norm's factor alone."""
+    found = []
+    for times in (1, 3):
+        model = of_family(name, {"num_hidden_layers": 1}, tiny[1])
+        (layer,), _ = stack_of(model)
+        layer.mlp.down_proj.weight.data *= times
+        question = ask(model, tiny[1], PROMPT, target="a", foil="b")
+        found.append(attribute(model, question, "alti_logit").scores[:-1])
+    factors = found[1] / found[0]
+    assert torch.allclose(factors, factors[0].expand(9), rtol=1e-3) == beside
+    assert abs(factors[0] - 1) > 0.1
+
+
 def test_alti_refuses_layers_that_add_more_than_their_parts():
     model, tokenizer = tiny_llama()
     model.model.layers[1].register_forward_hook(lambda m, args, out: out + 0.1 * out.roll(1, -1))
