@@ -622,6 +622,16 @@ def test_a_model_that_keeps_no_keys_and_values_is_run_whole(tiny):
     same(attribute(linear, question, "occlusion").scores, linear.known_scores(question), 1e-5)
 
 
+def test_a_target_that_is_the_first_row_of_the_table_is_not_open(tiny):
+    """Read without the model, so that what is open is found in the method's own pass."""
+    model, tokenizer = tiny
+    question = read_question(tokenizer, PROMPT, target_ids=[65, 0], foil="b")
+    assert question.target == (65, 0)
+    result = attribute(model, question, "gradient_x_input")
+    expected = (by_hand.gradient(model, question) * embed_prompt(model, question)).sum(dim=-1)
+    same(result.scores, expected[0], 1e-4)
+
+
 def test_a_model_with_a_sliding_window_is_run_whole(tiny):
     model = toy("a sliding window", tiny[1])
     question = ask(model, tiny[1], LONG)
