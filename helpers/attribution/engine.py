@@ -62,15 +62,12 @@ def texts_and_outputs(question: Question) -> tuple[list[list[int]], list[Output]
 
     Target and foil share what they have in common; at the first token in which they differ one
     output compares the two, and what comes after it in each is read in a text of its own. An open
-    target is -1. Raises ``InputError`` while it is open which of its options is the target.
+    target is -1. While it is open which of its options is the target, the outputs are the tokens of
+    all options, one after the other.
     """
     ids = question.input_ids[0].tolist()
     if question.undecided:
-        raise InputError(
-            "The question has options, and none of them is its target yet: complete it with "
-            "ask_of.",
-            field="options",
-        )
+        return _of_options(ids, [option.ids for option in question.options])
     target, foil = list(question.target or (-1,)), list(question.foil or ())
     last = len(ids) - 1
     if not foil:
@@ -89,6 +86,21 @@ def texts_and_outputs(question: Question) -> tuple[list[list[int]], list[Output]
     return texts or [ids + target[:same]], outputs
 
 
+def _of_options(ids, options):
+    """Texts that have all options in them, and the outputs that are the tokens of each."""
+    read = list(dict.fromkeys(option[:-1] for option in options))
+    read = [some for some in read if not any(_goes_on(other, some) for other in read)]
+    outputs = []
+    for option in options:
+        text = next(at for at, some in enumerate(read) if some[: len(option) - 1] == option[:-1])
+        outputs += [Output(text, len(ids) - 1 + at, token) for at, token in enumerate(option)]
+    return [ids + list(some) for some in read], outputs
+
+
+def _goes_on(longer, some):
+    return len(longer) > len(some) and longer[: len(some)] == some
+
+
 class Shape(NamedTuple):
     """Questions of one shape can be run together."""
 
@@ -102,7 +114,8 @@ class Shape(NamedTuple):
 def shape_of(question: Question) -> Shape:
     """What questions that are run together have in common; see ``Asked`` for columns."""
     texts, outputs = texts_and_outputs(question)
-    columns = len(texts[0]) if question.foil is None else question.input_ids.shape[1]
+    alone = question.foil is None and not question.undecided
+    columns = len(texts[0]) if alone else question.input_ids.shape[1]
     places = tuple((o.text, o.position, o.sign) for o in outputs)
     fine = question.grouping in FINE
     return Shape(columns, tuple(map(len, texts)), places, question.objective, fine)
@@ -124,6 +137,12 @@ class Asked:
 
     def __init__(self, model: Any, questions: Sequence[Question], each: bool = False):
         self.model, self.questions, self.each = model, list(questions), each
+        if not each and any(question.undecided for question in self.questions):
+            raise InputError(
+                "The question has options, and none of them is its target yet: complete it with "
+                "ask_of.",
+                field="options",
+            )
         texts, outputs = zip(*map(texts_and_outputs, self.questions), strict=True)
         shape = shape_of(self.questions[0])
         length = max(shape.lengths)
