@@ -622,6 +622,28 @@ def test_a_model_that_keeps_no_keys_and_values_is_run_whole(tiny):
     same(attribute(linear, question, "occlusion").scores, linear.known_scores(question), 1e-5)
 
 
+@pytest.mark.parametrize(
+    "options, texts",
+    [("a b c", 1), ("a bcd bce", 1), ("bcd xyz q", 2), ("ab ba bcd", 2), ("abc de fgh", 3)],
+)
+def test_open_options_are_read_in_as_few_texts_as_hold_them(tiny, options, texts):
+    question = read_question(tiny[1], PROMPT, options=options.split())
+    assert question.undecided
+    ids = question.input_ids[0].tolist()
+    read, outputs = texts_and_outputs(question)
+    assert len(read) == texts
+    left = iter(outputs)
+    for option in question.options:
+        for place, token in enumerate(option.ids):
+            output = next(left)
+            before = read[output.text][: output.position + 1]
+            assert (before, output.target) == (ids + list(option.ids[:place]), token)
+            assert (output.foil, output.sign) == (-1, 1)
+    assert next(left, None) is None
+    with asking(tiny[0], [question], each=True) as asked:
+        assert asked.values().shape == (1, len(outputs)) and asked.columns == len(ids)
+
+
 def test_a_target_that_is_the_first_row_of_the_table_is_not_open(tiny):
     """Read without the model, so that what is open is found in the method's own pass."""
     model, tokenizer = tiny
