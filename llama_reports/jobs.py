@@ -44,10 +44,11 @@ class Plan:
     same file, model, code and choices reads that. Iterating reads it again and makes one ``Job`` at
     a time, so what is held of a prompt is a few numbers, one array [jobs] of each: ``tokens`` are
     the lengths of what is read, ``units`` the scores of a method, ``outputs`` the tokens explained
-    (at most, where the model is to answer or to choose), ``texts`` those that are read for them,
-    and ``kinds`` says which of ``asked``, a list of ``(notebook, methods)``, each job is; no
-    methods are the notebook's own choice. ``replaced`` counts reports in ``out`` whose id now
-    stands for another question. ``carried`` are the names of all that its entries carry, a tuple.
+    (at most, where the model is to answer; of the two longest options, where it is to choose),
+    ``texts`` those that are read for them, and ``kinds`` says which of ``asked``, a list of
+    ``(notebook, methods)``, each job is; no methods are the notebook's own choice. ``replaced``
+    counts reports in ``out`` whose id now stands for another question. ``carried`` are the names of
+    all that its entries carry, a tuple.
 
     Raises one ``InputError`` that names the place of each entry that cannot run, the first 20 of
     them in full; and one if the name of a job stands in ``out`` for a report of another model,
@@ -310,14 +311,14 @@ def _limits(model):
     return config.get("max_position_embeddings"), config.get("vocab_size")
 
 
-# --- digests and names -------------------------------------------------------------------------
-
-
 def _of_the_longest(question):
     """``question`` about its longest options, while the model is yet to choose between these."""
     if not question.undecided:
         return question
     return with_likeliest(question, [len(option.ids) for option in question.options])
+
+
+# --- digests and names -------------------------------------------------------------------------
 
 
 def _digest_of(values):

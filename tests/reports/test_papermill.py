@@ -47,7 +47,7 @@ GETS = {
     "14_precision": "one token",
     "report": "scripts",
 }
-# What does not depend on the prompt is asked once, by the committed notebook: less of it is here.
+# The committed notebooks run these in full, so fewer of them are enough on another prompt.
 LESS = {
     "07_integrated_gradients": {"n_steps": 20},
     "11_ground_truth": {"cases_per_family": 1},
