@@ -1,11 +1,16 @@
-"""What this machine has free, and what it is slow at: measured on the spot, told in time."""
+"""What this machine has free, and what it is slow at: measured, told, and got around."""
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from functools import lru_cache
+from types import MethodType
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
 ROWS = 64  # of the product that is timed: enough for a matrix product to be one
@@ -27,7 +32,7 @@ class SlowPrecision(UserWarning):
 
 
 def slow_precision(dtype: torch.dtype, width: int, device: Any = "cpu") -> str | None:
-    """A sentence that says how much slower ``dtype`` is than float32, or ``None`` if it is not.
+    """How much slower ``dtype`` is than float32, in two sentences; ``None`` if it is not.
 
     Half precision is fast where a processor has instructions for it, and emulated where it has
     none. So a matrix product of a model's ``width`` is timed in both on ``device``: about 0.1 s,
@@ -43,8 +48,9 @@ def slow_precision(dtype: torch.dtype, width: int, device: Any = "cpu") -> str |
         return None
     return (
         f"{str(dtype).removeprefix('torch.')} takes about {ratio:.2g} times as long as float32 on "
-        "this machine, by a matrix product of the model's width: float32 is the better choice "
-        "where its weights fit in memory."
+        "this machine, by a matrix product of the model's width. Attributions compute such a "
+        "product in float32 and round it; still, float32 is the better choice where its weights "
+        "fit in memory."
     )
 
 
@@ -66,6 +72,61 @@ def warn_if_slow(sentence: str | None) -> None:
 
 
 _warned: dict = {}  # what has been said in this process
+
+
+# --- products of half precision, where they are emulated ---------------------------------------
+
+
+@contextlib.contextmanager
+def products_in_float32(model: Any) -> Iterator[None]:
+    """Compute a model's products in float32 and round them while inside, where that is faster.
+
+    Where torch emulates half precision, the way back is slower still than the way forward. The
+    numbers are those of a processor with instructions for half precision, which also adds in
+    float32 and rounds the sum: only the order of the additions differs. Weights stay as they are,
+    and take no gradient inside. The output layer is left alone, since its logits are computed in
+    float32 anyway (``questions.float32_logits``), and so are weights that are offloaded.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if type(module) is nn.Linear and module is not head and "forward" not in vars(module):
+                function = linear_for(module.weight)
+                if function is not F.linear:
+                    stack.callback(delattr, module, "forward")
+                    module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+        yield
+
+
+def linear_for(weight: Tensor) -> Any:
+    """``torch.nn.functional.linear``, or what is faster here for a weight of this precision."""
+    slow = slow_precision(weight.dtype, weight.shape[-1], weight.device)
+    return F.linear if slow is None else _linear_in_float32
+
+
+def _forward(module, rows):
+    return _linear_in_float32(rows, module.weight, module.bias)
+
+
+def _linear_in_float32(rows, weight, bias=None):
+    if rows.shape[:-1].numel() == 1 and not rows.requires_grad:  # a step of generation
+        return F.linear(rows, weight, bias)  # is not emulated, and reads half as many bytes
+    return _InFloat32.apply(rows, weight, bias)
+
+
+class _InFloat32(torch.autograd.Function):
+    """``linear`` in float32, rounded once; for the way back the weight is kept as it is."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, bias):
+        ctx.save_for_backward(weight)
+        bias = None if bias is None else bias.float()
+        return F.linear(rows.float(), weight.float(), bias).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        return (gradient.float() @ weight.float()).to(gradient.dtype), None, None
 
 
 @lru_cache

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from helpers.errors import InputError
+from helpers.machine import products_in_float32
 from helpers.progress import advance, progress
 from helpers.prompts import (
     FINE,
@@ -466,6 +467,7 @@ def float32_logits(model: Any) -> Iterator[None]:
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(products_in_float32(model))
         if type(head) is nn.Linear and in_half_precision(model) and not head.weight.is_meta:
 
             def again(module, args, out):

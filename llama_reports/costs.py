@@ -35,7 +35,7 @@ from helpers.attribution.engine import (
 from helpers.attribution.methods import options_of
 from helpers.attribution.path import FIRST_ROUND
 from helpers.errors import InputError
-from helpers.machine import free_memory, slow_precision
+from helpers.machine import free_memory, linear_for, slow_precision
 from helpers.models import (
     BUNDLED,
     public_name,
@@ -402,7 +402,7 @@ def _dtype(config, dtype):
 
 
 def slow_dtype(model: str | Path, dtype: str) -> str | None:
-    """A sentence where ``dtype`` is slower than float32 on this machine, for this model's width."""
+    """What ``slow_precision`` says of ``dtype`` on this machine, for this model's width."""
     config = _config(model)
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     return slow_precision(_dtype(config, dtype), config.hidden_size, device)
@@ -427,8 +427,9 @@ def measure(
     inner, outer = min(shape.width, 1024), min(shape.feed_forward, 4096)
     numbers = torch.ones(4096, 4096, device=device)
     toy = tiny_llama()[0].to(device)  # so small that nothing of its time is arithmetic
-    names = {"numbers": numbers, "linear": torch.nn.functional.linear, "toy": toy}
+    names = {"numbers": numbers, "toy": toy}
     names["token"] = torch.zeros(1, 1, dtype=torch.long, device=device)
+    names["linear"] = linear_for(torch.ones(1, shape.width, dtype=kind, device=device))
 
     def ones(*sizes):
         return torch.ones(*sizes, dtype=kind, device=device)

@@ -24,7 +24,7 @@ from transformers import (
 
 from helpers.architectures import body_of, once_a_model, pointwise_after_last_attention, stack_of
 from helpers.errors import InputError
-from helpers.machine import free_memory, slow_precision, warn_if_slow
+from helpers.machine import free_memory, products_in_float32, slow_precision, warn_if_slow
 from helpers.progress import advance
 from helpers.prompts import FINE, Unit
 from helpers.questions import Facts, Question, output_logits, read_facts
@@ -462,6 +462,7 @@ def asking(model: Any, questions: Sequence[Question], each: bool = False) -> Ite
     head = plain_output_layer(model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(model))
+        stack.enter_context(products_in_float32(model))
         if head is not None:
             weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
             asked.matrix = weight, bias

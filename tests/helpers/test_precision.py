@@ -19,7 +19,14 @@ from transformers import (
 
 from helpers import METHODS, InputError, ask, attribute, attribute_all, load_model, tiny_llama
 from helpers.attribution.engine import working_precision
-from helpers.machine import SLOWER, SlowPrecision, slow_precision, slow_precision_of
+from helpers.machine import (
+    SLOWER,
+    SlowPrecision,
+    linear_for,
+    products_in_float32,
+    slow_precision,
+    slow_precision_of,
+)
 from helpers.questions import float32_logits, output_logits, read_question
 
 HALF = [torch.bfloat16, torch.float16]
@@ -314,7 +321,7 @@ def test_float32_is_never_called_slow_and_a_model_is_asked_for_its_own(tiny, mon
     assert slow_precision(torch.float32, 576) is None and slow_precision_of(tiny[0]) is None
     sentence = slow_precision_of(halved()[0])
     assert sentence.startswith("bfloat16 takes about 6 times as long as float32")
-    assert sentence.count(". ") == 0 and sentence.endswith(".")
+    assert sentence.count(". ") == 1 and sentence.endswith(".")
     with pytest.warns(SlowPrecision, match="about 6 times"):
         attribute(tiny[0], ask(*tiny, "ab"), "saliency", precision="bfloat16")
     monkeypatch.setattr("helpers.machine._times_float32", lambda *shape: 1.1)
@@ -328,3 +335,102 @@ def test_loading_in_half_precision_warns_where_it_is_slow(tiny_folder, monkeypat
     monkeypatch.setattr("helpers.machine._times_float32", lambda *shape: 3.2)
     with pytest.warns(SlowPrecision, match="float16 takes about 3.2 times"):
         load_model(str(tiny_folder), dtype="float16")
+
+
+# --- products in float32, where half precision is emulated -------------------------------------
+
+
+@pytest.fixture
+def emulates(monkeypatch):
+    """A machine on which half precision is slow."""
+    monkeypatch.setattr("helpers.machine._times_float32", lambda *shape: 6.0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_product_is_that_of_exact_arithmetic_rounded_once(dtype, bias, emulates):
+    torch.manual_seed(0)
+    rows = torch.randn(2, 5, 64).to(dtype).requires_grad_()
+    weight, added = torch.randn(48, 64).to(dtype), torch.randn(48).to(dtype) if bias else None
+    ours = linear_for(weight)(rows, weight, added)
+    exact = rows.double() @ weight.double().T + (added.double() if bias else 0)
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours.double(), exact, rtol=step, atol=1e-5)
+    back = torch.randn_like(ours)
+    (gradient,) = torch.autograd.grad(ours, rows, back)
+    assert ours.dtype == gradient.dtype == dtype
+    exact = back.double() @ weight.double()
+    torch.testing.assert_close(gradient.double(), exact, rtol=step, atol=1e-5)
+
+
+def test_for_the_way_back_no_weight_is_held_in_float32(emulates):
+    kept, weight = [], torch.ones(48, 64, dtype=torch.bfloat16)
+    rows = torch.ones(3, 64, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        linear_for(weight)(rows, weight)
+    assert [(one.shape, one.dtype) for one in kept] == [(weight.shape, weight.dtype)]
+
+
+def in_float32(model):
+    return [name for name, part in model.named_modules() if "forward" in vars(part)]
+
+
+def test_every_layers_products_are_in_float32_while_inside_and_then_as_they_were(emulates):
+    model, _ = halved()
+    linears = [name for name, part in model.named_modules() if type(part) is torch.nn.Linear]
+    with products_in_float32(model):
+        assert in_float32(model) == [name for name in linears if name != "lm_head"]
+        with products_in_float32(model):  # as a question is completed while a method asks
+            assert len(in_float32(model)) == len(linears) - 1
+        assert len(in_float32(model)) == len(linears) - 1
+    assert not in_float32(model)
+    with pytest.raises(ZeroDivisionError), products_in_float32(model):
+        1 / 0  # noqa: B018
+    assert not in_float32(model)
+
+
+def test_where_half_precision_is_fast_or_not_asked_for_nothing_changes(tiny, monkeypatch):
+    monkeypatch.setattr("helpers.machine._times_float32", lambda *shape: 1.1)
+    half = halved()[0]
+    with products_in_float32(half), products_in_float32(tiny[0]):
+        assert not in_float32(half) and not in_float32(tiny[0])
+    assert linear_for(half.lm_head.weight) is linear_for(tiny[0].lm_head.weight) is F.linear
+
+
+def test_what_is_offloaded_is_left_to_the_hooks_that_fetch_it(emulates):
+    model, _ = halved()
+    part = model.model.layers[0].mlp.up_proj
+    part.forward = fetches = lambda rows: F.linear(rows, part.weight)  # as accelerate's do
+    with products_in_float32(model):
+        assert part.forward is fetches
+        assert "forward" in vars(model.model.layers[0].mlp.down_proj)
+    assert part.forward is fetches
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_scores_are_the_same_but_for_rounding_whoever_multiplies(name, monkeypatch):
+    """float16 rounds to 11 digits, so that the two ways to add up are near each other."""
+    model, tokenizer = halved(torch.float16)
+    found = []
+    for times in (1.0, 6.0):
+        monkeypatch.setattr("helpers.machine._times_float32", lambda *shape, times=times: times)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SlowPrecision)
+            found.append(attribute(model, ask(model, tokenizer, "a b of c"), name).scores)
+        assert not in_float32(model)
+    most = found[0].abs().max()
+    assert (found[0] - found[1]).abs().max() <= 0.05 * most
+
+
+def test_precision_of_a_method_is_got_around_too(tiny, emulates, monkeypatch):
+    """``precision="bfloat16"`` casts weights, whose products are then those that are slow."""
+    seen = []
+    product = linear_for(torch.ones(1, 64, dtype=torch.bfloat16))
+    monkeypatch.setattr(
+        "helpers.machine._linear_in_float32",
+        lambda rows, weight, bias=None: seen.append(weight.dtype) or product(rows, weight, bias),
+    )
+    with pytest.warns(SlowPrecision):
+        attribute(tiny[0], ask(*tiny, "ab"), "saliency", precision="bfloat16")
+    layers = len(tiny[0].model.layers)
+    assert seen and set(seen) == {torch.bfloat16} and len(seen) % (7 * layers) == 0
