@@ -6,14 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from running import EVERY_CASE
 
 pytestmark = pytest.mark.thorough
 
 SCRIPT = Path(__file__).resolve().parents[1] / "hostile.py"
 COUNT = os.environ.get("HOSTILE")  # 10,000 of each: make hostile
+COUNTS = {"folder": "300", "gguf": "150"} if EVERY_CASE else {"folder": "100", "gguf": "50"}
 
 
-@pytest.mark.parametrize(("kind", "count"), [("folder", "300"), ("gguf", "150")])
+@pytest.mark.parametrize(("kind", "count"), COUNTS.items())
 def test_what_is_damaged_is_one_sentence_or_a_model_that_works(kind, count):
     seed = os.environ.get("HOSTILE_SEED", "0")
     command = [sys.executable, "-P", str(SCRIPT), seed, COUNT or count, kind]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from running import PATIENCE, scores, wait_for
+from running import EVERY_CASE, PATIENCE, scores, wait_for
 
 from helpers.errors import InputError
 from llama_reports.files import UNFINISHED, only_writer
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.thorough
 
 WORDS = ["keys", "doors", "boats", "lamps", "chairs", "roads", "books", "birds", "rivers"]
 WORDS += ["clouds", "apples", "stones"]
+KILLS = 10 if EVERY_CASE else 4
 # imports helpers once, and forks a process for every run
 forked = multiprocessing.get_context("forkserver")
 forked.set_forkserver_preload(["llama_reports.all_prompts"])
@@ -64,7 +65,7 @@ def finished(out):
     return {file.parent.name: file.stat().st_mtime_ns for file in out.glob("[!.]*/report.json")}
 
 
-def test_killed_at_ten_random_moments_it_goes_on_and_ends_as_if_nothing_had_happened(
+def test_killed_at_random_moments_it_goes_on_and_ends_as_if_nothing_had_happened(
     prompts, tmp_path, tiny_folder, quick_notebook
 ):
     # the last report waits for the end of the killing: no run ends before it is killed
@@ -82,7 +83,7 @@ def test_killed_at_ten_random_moments_it_goes_on_and_ends_as_if_nothing_had_happ
     given = arguments(prompts, tmp_path / "killed", tiny_folder, notebook)
     out, kept = tmp_path / "killed", {}
     moments = random.Random(time.time_ns())
-    for _ in range(10):
+    for _ in range(KILLS):
         moment = moments.uniform(0, 0.7 * took)
         assert run(given, tmp_path / "log", kill_after=moment) == -signal.SIGKILL
         now = finished(out)
