@@ -572,6 +572,11 @@ def test_options_that_are_chosen_have_their_price(tiny, method, options):
         assert share == pytest.approx(price.share if price.forwards else 0, abs=0.12)
 
 
+@pytest.mark.parametrize("method, more", [("shapley", 1), ("coalitions", 1), ("find_then_rank", 2)])
+def test_few_units_are_priced_as_all_their_coalitions(method, more):
+    assert METHODS[method].price(4, 4, {}).forwards == 2**4 - 1 + more
+
+
 @pytest.mark.parametrize("budget, rows", [(BUDGET, 200), (2000, 80), (900, 40)])
 def test_a_budget_sets_the_number_of_orders_of_shapley_values(tiny, budget, rows):
     question = a_question(tiny, foil="b")  # ten tokens

@@ -179,6 +179,7 @@ def test_the_methods_scores_are_those_of_the_definition(tiny, units, keep):
 def test_occlusion_and_shapley_values_are_members_of_the_family(tiny):
     question = ask(*tiny, PROMPT, target="b", foil="c")
     one = attribute(tiny[0], question, "coalitions", keep=1)
+    assert one.errors is None
     assert torch.equal(one.scores, attribute(tiny[0], question, "occlusion").scores)
     rows = 8 * 9 + 1
     own = attribute(tiny[0], question, "shapley", permutations=8, seed=3)

@@ -36,6 +36,17 @@ def test_the_stages_keep_apart_and_only_the_second_has_errors(tiny):
     assert 0 < first.sum() < len(first) and result.scores.max() == 2
     assert (result.scores[first] >= 1.3).all() and (result.scores[~first].abs() <= 1).all()
     assert result.errors[first].eq(0).all() and result.errors[~first].gt(0).all()
+    assert len(result.errors[~first].unique()) > 1  # a unit's own
+
+
+def test_the_second_stage_is_the_average_gain_with_half_of_the_others(tiny):
+    question = ask(*tiny, "Riga", target="b", foil="c")  # few units: all coalitions are run
+    ranked = attribute(tiny[0], question, "find_then_rank").scores.double()
+    gains = attribute(tiny[0], question, "coalitions", keep=0.5).scores.double()
+    second = ranked <= 1
+    assert second.sum() > 1
+    expected = gains[second] / gains[second].abs().max()
+    torch.testing.assert_close(ranked[second], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_errors_shrink_with_rows_and_are_zero_where_all_are_run(tiny):
