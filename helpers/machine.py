@@ -83,18 +83,18 @@ def products_in_float32(model: Any) -> Iterator[None]:
 
     Where torch emulates half precision, the way back is slower still than the way forward. The
     numbers are those of a processor with instructions for half precision, which also adds in
-    float32 and rounds the sum: only the order of the additions differs. Weights stay as they are,
-    and take no gradient inside. The output layer is left alone, since its logits are computed in
-    float32 anyway (``questions.float32_logits``), and so are weights that are offloaded.
+    float32 and rounds the sum: only the order of the additions differs. The output layer is left
+    alone, since its logits are computed in float32 anyway (``questions.float32_logits``), and so is
+    a weight that is offloaded, or asks for a gradient of its own.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     with contextlib.ExitStack() as stack:
         for module in model.modules():
-            if type(module) is nn.Linear and module is not head and "forward" not in vars(module):
-                function = linear_for(module.weight)
-                if function is not F.linear:
-                    stack.callback(delattr, module, "forward")
-                    module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+            if type(module) is not nn.Linear or module is head or "forward" in vars(module):
+                continue
+            if not module.weight.requires_grad and linear_for(module.weight) is not F.linear:
+                stack.callback(delattr, module, "forward")
+                module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
         yield
 
 

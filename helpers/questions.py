@@ -463,7 +463,7 @@ def float32_logits(model: Any) -> Iterator[None]:
     bfloat16 counts in steps of 0.125 from 16 to 32, where a likely token's logit is: the two best
     are often equal there, and which comes first says nothing. In float32 the output layer tells
     them apart. A model in float32 is left as it is, and so is an output layer that is no plain
-    matrix in memory.
+    matrix in memory. The states come by ``machine.products_in_float32``, as a method's do.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     with contextlib.ExitStack() as stack:

@@ -397,6 +397,16 @@ def test_where_half_precision_is_fast_or_not_asked_for_nothing_changes(tiny, mon
     assert linear_for(half.lm_head.weight) is linear_for(tiny[0].lm_head.weight) is F.linear
 
 
+def test_a_weight_that_is_being_trained_keeps_its_gradient(emulates):
+    model, _ = halved()
+    part = model.model.layers[0].mlp.up_proj
+    part.weight.requires_grad_(True)
+    with products_in_float32(model):
+        assert "forward" not in vars(part)
+        part(torch.ones(2, part.in_features, dtype=torch.bfloat16)).sum().backward()
+    assert part.weight.grad is not None
+
+
 def test_what_is_offloaded_is_left_to_the_hooks_that_fetch_it(emulates):
     model, _ = halved()
     part = model.model.layers[0].mlp.up_proj
