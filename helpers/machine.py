@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
@@ -88,20 +88,21 @@ def products_in_float32(model: Any) -> Iterator[None]:
     a weight that is offloaded, or asks for a gradient of its own.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    table = model.get_input_embeddings().weight
     with contextlib.ExitStack() as stack:
         for module in model.modules():
             if type(module) is not nn.Linear or module is head or "forward" in vars(module):
                 continue
-            if not module.weight.requires_grad and linear_for(module.weight) is not F.linear:
+            function = linear_for(module.weight.dtype, table.shape[-1], table.device)
+            if function is not F.linear and not module.weight.requires_grad:
                 stack.callback(delattr, module, "forward")
                 module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
         yield
 
 
-def linear_for(weight: Tensor) -> Any:
-    """``torch.nn.functional.linear``, or what is faster here for a weight of this precision."""
-    slow = slow_precision(weight.dtype, weight.shape[-1], weight.device)
-    return F.linear if slow is None else _linear_in_float32
+def linear_for(dtype: torch.dtype, width: int, device: Any = "cpu") -> Any:
+    """``torch.nn.functional.linear``, or what is faster: by ``slow_precision``, whose these are."""
+    return F.linear if slow_precision(dtype, width, device) is None else _linear_in_float32
 
 
 def _forward(module, rows):

@@ -429,7 +429,7 @@ def measure(
     toy = tiny_llama()[0].to(device)  # so small that nothing of its time is arithmetic
     names = {"numbers": numbers, "toy": toy}
     names["token"] = torch.zeros(1, 1, dtype=torch.long, device=device)
-    names["linear"] = linear_for(torch.ones(1, shape.width, dtype=kind, device=device))
+    names["linear"] = linear_for(kind, shape.width, device)
 
     def ones(*sizes):
         return torch.ones(*sizes, dtype=kind, device=device)

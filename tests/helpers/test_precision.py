@@ -352,7 +352,7 @@ def test_a_product_is_that_of_exact_arithmetic_rounded_once(dtype, bias, emulate
     torch.manual_seed(0)
     rows = torch.randn(2, 5, 64).to(dtype).requires_grad_()
     weight, added = torch.randn(48, 64).to(dtype), torch.randn(48).to(dtype) if bias else None
-    ours = linear_for(weight)(rows, weight, added)
+    ours = linear_for(weight.dtype, 64)(rows, weight, added)
     exact = rows.double() @ weight.double().T + (added.double() if bias else 0)
     step = torch.finfo(dtype).eps
     torch.testing.assert_close(ours.double(), exact, rtol=step, atol=1e-5)
@@ -367,7 +367,7 @@ def test_for_the_way_back_no_weight_is_held_in_float32(emulates):
     kept, weight = [], torch.ones(48, 64, dtype=torch.bfloat16)
     rows = torch.ones(3, 64, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        linear_for(weight)(rows, weight)
+        linear_for(weight.dtype, 64)(rows, weight)
     assert [(one.shape, one.dtype) for one in kept] == [(weight.shape, weight.dtype)]
 
 
@@ -394,7 +394,7 @@ def test_where_half_precision_is_fast_or_not_asked_for_nothing_changes(tiny, mon
     half = halved()[0]
     with products_in_float32(half), products_in_float32(tiny[0]):
         assert not in_float32(half) and not in_float32(tiny[0])
-    assert linear_for(half.lm_head.weight) is linear_for(tiny[0].lm_head.weight) is F.linear
+    assert linear_for(half.dtype, 64) is linear_for(tiny[0].dtype, 64) is F.linear
 
 
 def test_a_weight_that_is_being_trained_keeps_its_gradient(emulates):
@@ -435,7 +435,7 @@ def test_scores_are_the_same_but_for_rounding_whoever_multiplies(name, monkeypat
 def test_precision_of_a_method_is_got_around_too(tiny, emulates, monkeypatch):
     """``precision="bfloat16"`` casts weights, whose products are then those that are slow."""
     seen = []
-    product = linear_for(torch.ones(1, 64, dtype=torch.bfloat16))
+    product = linear_for(torch.bfloat16, 64)
     monkeypatch.setattr(
         "helpers.machine._linear_in_float32",
         lambda rows, weight, bias=None: seen.append(weight.dtype) or product(rows, weight, bias),

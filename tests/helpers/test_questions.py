@@ -430,7 +430,7 @@ def test_an_answer_is_written_without_a_cache_too(tiny):
     ids = read_question(tokenizer, "The cat").input_ids
 
     class Forgetful:
-        modules = model.modules
+        modules, get_input_embeddings = model.modules, model.get_input_embeddings
 
         def __call__(self, ids, **_):
             return type("Output", (), {"logits": model(ids).logits})
