@@ -96,6 +96,7 @@ def make(notebook: Path, folder: Path) -> list[dict[str, Any]]:
         None,
         parameters={"output_dir": str(folder.resolve())},
         cwd=str(notebook.parent),
+        engine_name="warm",  # as reports are made
         progress_bar=False,
     )
     defaults = papermill.inspect_notebook(str(notebook))

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from captum.attr import IntegratedGradients
 from torch import Tensor
 
 from helpers.attribution.engine import Asked, asking, rows_per_batch
@@ -193,6 +192,8 @@ def fixed_step_integrated_gradients(
 
     notebooks/07_integrated_gradients.ipynb takes it apart.
     """
+    from captum.attr import IntegratedGradients  # takes a second, and no other method needs it
+
     with asking(model, [question]) as asked:
         start = asked.embeds.clone()
         start[:, :, : asked.columns] = baseline_of(asked, baseline)[:, None]

@@ -50,10 +50,8 @@ ENTRIES = [
 ]
 REAL = [
     {"prompt": "The capital city of Latvia is", "target": " Riga", "foil": " Tallinn"},
-    {"prompt": "The capital city of Norway is"},
     {"prompt": "The keys to the old wooden cabinet", "foil": " is"},
     {"prompt": "Hi", "chat": True, "target": "Hello there"},
-    {"prompt": "The capital city of Poland is", "target": " Warsaw", "foil": " Minsk"},
 ]
 ONE_PASS = ["saliency", "gradient_x_input", "attention", "attention_rollout", "relevance"]
 CHEAP = [*ONE_PASS, "occlusion", "random"]

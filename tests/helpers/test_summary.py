@@ -325,7 +325,11 @@ def test_a_model_that_some_trusted_methods_do_not_fit_is_explained_by_the_others
 @pytest.mark.thorough
 def test_a_chat_template_is_never_among_the_strongest(bundled):
     summary, question, _, _ = summary_of(
-        *bundled, [{"role": "user", "content": "Name a colour"}], target="Red", units="words"
+        *bundled,
+        [{"role": "user", "content": "Name a colour"}],
+        ("relevance", "occlusion", "attention"),
+        target="Red",
+        units="words",
     )
     assert all(question.units[unit].part == "user" for unit in summary.strongest)
     text = summary._repr_html_()

@@ -10,7 +10,7 @@ from llama_reports.figures import ACCEPTED, ROOT, differences, digest, main, mak
 
 MANIFEST = json.loads(ACCEPTED.read_text(encoding="utf-8"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-QUICK = ("00_start", "04_embeddings")
+QUICK = ("04_embeddings",)
 
 
 def of(notebook):

@@ -183,17 +183,21 @@ def prompts_file(folder):
     return path
 
 
-def test_reports_from_two_workers_equal_those_of_one_process(tmp_path, tiny_folder, quick_notebook):
+def test_reports_from_two_workers_equal_those_of_one_process(
+    command, tmp_path, tiny_folder, quick_notebook, monkeypatch
+):
     prompts = prompts_file(tmp_path)
     given = [prompts, "--model", tiny_folder, "--notebook", quick_notebook(KILL_THE_WORKER)]
+    # each worker that dies takes what it imported with it; Dask's own three are counted above
+    monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "0")
     many = process(*given, "--out", tmp_path / "many", "--workers", 2)
     assert many.returncode == 1 and "Traceback" not in many.stderr, many.stderr
     assert "4 of 5 reports done, 1 failed." in many.stdout
     assert "failed: a-poisoned-prompt: Every worker that ran this prompt died" in many.stderr
     assert not list((tmp_path / "many").glob(".making-*"))
     prompts.write_text(prompts.read_text().replace("- A poisoned prompt\n", ""))
-    one = process(*given, "--out", tmp_path / "one")
-    assert one.returncode == 0, one.stderr
+    one = command(*given, "--out", tmp_path / "one")
+    assert one.exit_code == 0, one.output
     pd.testing.assert_frame_equal(
         scores(tmp_path / "many"), scores(tmp_path / "one"), check_exact=True
     )
@@ -239,8 +243,7 @@ def test_a_cluster_of_others_loses_nothing_when_a_worker_and_then_its_scheduler_
         tmp_path,
     ]
     given = [prompts, "--model", tiny_folder, "--out", out, "--scheduler", address]
-    # one report waits until all has died that is to die: the run does not end before. Were there
-    # two, both workers might wait
+    # one report waits until all has died that is to die: the run does not end before
     gate = tmp_path / "gate"
     waits = f"while prompt == {PROMPTS[-1]!r} and not Path({str(gate)!r}).exists():"
     given += ["--notebook", quick_notebook(f"import time\n{waits}\n    time.sleep(0.05)")]
@@ -250,7 +253,7 @@ def test_a_cluster_of_others_loses_nothing_when_a_worker_and_then_its_scheduler_
 
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(started(*scheduler))
-        workers = [stack.enter_context(started(*worker)) for _ in range(2)]
+        only = stack.enter_context(started(*worker))
         run = subprocess.Popen(
             [sys.executable, "-m", "llama_reports", *map(str, given)],
             stdout=subprocess.PIPE,
@@ -259,7 +262,7 @@ def test_a_cluster_of_others_loses_nothing_when_a_worker_and_then_its_scheduler_
         )
         stack.callback(run.kill)
         wait_for(lambda: len(finished()) >= 1, run)
-        for process in reversed(psutil.Process(workers[0].pid).children(recursive=True)):
+        for process in reversed(psutil.Process(only.pid).children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):  # it went with the one before
                 process.kill()  # the nanny starts another worker in its place
         wait_for(lambda: len(finished()) >= 2, run)

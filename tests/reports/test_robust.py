@@ -10,7 +10,7 @@ import nbformat
 import psutil
 import pytest
 import yaml
-from running import PATIENCE
+from running import PATIENCE, write_notebook
 
 from helpers import InputError, tiny_llama
 from llama_reports import run
@@ -40,6 +40,12 @@ TWO = ({"id": "bad", "prompt": "The keys to"}, {"id": "good", "prompt": "The doo
 # --- time --------------------------------------------------------------------------------------
 
 
+ASKED = """
+from pathlib import Path
+prompt: str = ""
+model_name: str = ""
+output_dir: str = ""
+"""
 ENDLESS = """
 if 'keys' in prompt:
     import os, signal, subprocess, time
@@ -57,11 +63,12 @@ def test_a_cell_that_never_ends_is_stopped_and_the_next_report_is_made(
     tmp_path, quick_notebook, tiny_folder, engine
 ):
     place = tmp_path / "pids"
-    notebook = quick_notebook(ENDLESS.replace("PLACE", repr(str(place))))
+    endless = ENDLESS.replace("PLACE", repr(str(place)))
+    bare = tmp_path / "bare.ipynb"  # a cold kernel would have torch to import for more
+    notebook = quick_notebook(endless) if engine else write_notebook(bare, ASKED, endless)
     out = tmp_path / "out"
     jobs = jobs_of(tmp_path, notebook, tiny_folder, *TWO)
-    began = time.monotonic()
-    seconds = 12 if engine else 40  # a cold kernel has torch to import
+    began, seconds = time.monotonic(), 12
     given = {"engine": engine, "timeout": seconds}
     bad, good = (run_report(job, out, str(tiny_folder), **given) for job in jobs)
     assert f"more than {seconds} seconds" in bad["error"] and "--timeout" in bad["error"]

@@ -105,8 +105,6 @@ def test_a_method_of_another_package_is_in_the_scores(theirs, tiny_folder, tmp_p
     prompts.write_text('"Riga is in"\n' + json.dumps("a" * 60), encoding="utf-8")
     command = ["-m", "llama_reports", prompts, "--scores-only", "--out", tmp_path / "out"]
     command += ["--model", tiny_folder, "--method", "length", "--method", "random"]
-    said = run(theirs, *command, "--dry-run")
-    assert said.returncode == 0 and "2 prompts would run" in said.stdout, said.stderr
     done = run(theirs, *command)
     assert done.returncode == 0 and "2 of 2 prompts done" in done.stdout, done.stderr
     scores = pd.read_parquet(tmp_path / "out" / "scores").groupby("method", observed=True).size()
