@@ -370,10 +370,10 @@ def test_the_committed_table_of_precisions_is_of_this_model_and_in_the_results(b
 def test_two_checkouts_take_turns_and_their_scores_are_compared():
     """This checkout against itself: the same scores, and a ratio that can be read."""
     command = [sys.executable, str(ROOT / "benchmarks" / "old_and_new.py"), str(ROOT)]
-    command += ["--repeats", "1", "--only", "relevance, 6"]
+    command += ["--repeats", "1", "--only", "occlusion, 6"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| rel")]
-    assert [row[0] for row in rows] == ["| relevance, 6", "| relevance, 6, no foil"]
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| occ")]
+    assert [row[0] for row in rows] == ["| occlusion, 6", "| occlusion, 6, no foil"]
     assert all(float(row[3]) > 0 for row in rows) and rows[0][5] == "0e+00 |"
 
 

@@ -30,10 +30,10 @@ PROMPTS = {
 }
 # With the bundled model: those that are read or run as reports, and one on a prompt of one token.
 GETS = {
-    "00_start": ("question", {}),
-    "08_comparison": ("code", {"budget": 3000}),
-    "12_patching": ("one token", {}),
-    "report": ("scripts", {}),
+    "00_start": "question",
+    "08_comparison": "question",
+    "12_patching": "one token",
+    "report": "scripts",
 }
 ONE_HEAD_TIED = {"key_value_heads": 1, "tie_word_embeddings": True}
 SHAPES = {
@@ -74,7 +74,7 @@ def stderr_of(notebook):
 def bundled_runs():
     for name in NAMES:
         for kind in PROMPTS:
-            later = kind != GETS.get(name, [None])[0] and not EVERY_CASE
+            later = kind != GETS.get(name) and not EVERY_CASE
             skip = pytest.mark.skipif(later, reason="every notebook and prompt: EVERY_CASE=1")
             yield pytest.param(name, kind, marks=skip)
 
@@ -89,8 +89,7 @@ def runs_whole(name, folder, **parameters):
 @pytest.mark.thorough
 @pytest.mark.parametrize("name, kind", list(bundled_runs()))
 def test_runs_on_an_unlike_prompt(name, kind, tmp_path):
-    less = {} if EVERY_CASE else GETS[name][1]
-    runs_whole(name, tmp_path, prompt=PROMPTS[kind], **less)
+    runs_whole(name, tmp_path, prompt=PROMPTS[kind])
 
 
 @pytest.fixture(scope="module")
