@@ -15,14 +15,15 @@ import re
 import shutil
 import sys
 import tempfile
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import gguf
 import torch
 from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import align_module_device
-from gguf import GGUFReader
 from safetensors import SafetensorError, safe_open
 from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
@@ -469,7 +470,7 @@ def unpacked_gguf(file: Path) -> Path:
 
     def room():
         _check_header(file)
-        return 4 * sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
+        return 4 * sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(file).tensors)
 
     with _told(f"{file.name} cannot be unpacked", _FETCH_AGAIN):
         return kept_folder(f"{file.stem}-{digest[:8]}-{_UNPACKED}", "The model", room, make)
@@ -531,9 +532,12 @@ def _unpack(work, gguf_file, name):
     # dequantize=True unpacks the blocks of few bits to plain float32, once and for all
     options: Any = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with _quiet():
+    # transformers reads the vocabulary entry by entry for the configuration, the weights and the
+    # tokenizer each, and lists the names of all tensors for each part of the model
+    kept = {name: cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    with _quiet(), mock.patch.multiple(gguf, **kept):
         with _told(f"{name} cannot be unpacked", _FETCH_AGAIN):
-            metadata, tensors = _check_header(file), GGUFReader(file).tensors
+            metadata, tensors = _check_header(file), gguf.GGUFReader(str(file)).tensors
             config = AutoConfig.from_pretrained(work, gguf_file=gguf_file)
             shapes = {tensor.name: tensor.shape.tolist() for tensor in tensors}
             _check_room(name, AutoModelForCausalLM, config, shapes)

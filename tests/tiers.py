@@ -14,6 +14,8 @@ from xdist.scheduler import LoadFileScheduling
 
 # Each of these tests sets up its own, so that any worker can take the next one.
 APART = ("tests/reports/test_papermill.py",)
+# These look at one run of reports, which each worker would make for itself.
+ONE_RUN = tuple(f"tests/reports/test_{name}.py" for name in ("browser", "reports", "scores"))
 LONGEST_FIRST = (
     *APART,
     "notebooks/",
@@ -30,6 +32,8 @@ class LongestFirst(LoadFileScheduling):
         config.option.loadscopereorder = False  # by the number of tests, which is not their time
 
     def _split_scope(self, nodeid):
+        if nodeid.startswith(ONE_RUN):
+            return "one run of reports"
         return nodeid if nodeid.startswith(APART) else super()._split_scope(nodeid)
 
 
