@@ -534,7 +534,7 @@ def _unpack(work, gguf_file, name):
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     # transformers reads the vocabulary entry by entry for the configuration, the weights and the
     # tokenizer each, and lists the names of all tensors for each part of the model
-    kept = {name: cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    kept = {each: cache(getattr(gguf, each)) for each in ("GGUFReader", "get_tensor_name_map")}
     with _quiet(), mock.patch.multiple(gguf, **kept):
         with _told(f"{name} cannot be unpacked", _FETCH_AGAIN):
             metadata, tensors = _check_header(file), gguf.GGUFReader(str(file)).tensors

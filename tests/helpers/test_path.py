@@ -179,10 +179,10 @@ def test_the_evaluations_allowed_are_not_exceeded(tiny, most):
 @pytest.mark.thorough
 def test_a_smaller_tolerance_costs_more_and_gives_smaller_errors(bundled):
     question = ask(*bundled, "The dog is")
-    loose, tight = (attribute(bundled[0], question, METHOD, tolerance=t) for t in (0.2, 0.02))
+    loose, tight = (attribute(bundled[0], question, METHOD, tolerance=t) for t in (0.2, 0.01))
     assert loose.closed and tight.closed
     assert tight.evaluations > loose.evaluations
-    assert tight.gap <= 0.02 and tight.errors.max() < loose.errors.max()
+    assert tight.gap <= 0.01 and tight.errors.max() < loose.errors.max()
 
 
 def test_the_errors_are_of_the_size_of_the_real_ones(tiny):
